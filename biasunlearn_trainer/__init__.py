@@ -1,0 +1,1 @@
+"""Unlearning of social bias in language and image-text models."""

@@ -1,0 +1,1 @@
+"""The planted-bias testbed: small worlds in which the truth is known."""

@@ -1,0 +1,1 @@
+"""Evaluation: bias and ability, measured the same way before and after."""
