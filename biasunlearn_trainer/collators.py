@@ -1,0 +1,271 @@
+"""Rows -> padded tensors with a completion mask, for text and image-text models alike.
+
+The mask is read off the processor's own output: the ids of the prompt alone must begin the ids of prompt + completion. Image
+placeholders expand to hundreds of tokens inside the processor, so nothing is ever counted on the raw text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
+
+from biasunlearn_trainer.models import image_placeholder, image_token_id, tokenizer_of
+
+logger = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+
+
+class _Rendered(NamedTuple):
+    """One row as text: the prompt alone, and prompt + completion."""
+
+    prompt: str
+    full: str
+    templated: bool
+
+
+class CompletionCollator:
+    """Collate the rows of one stream.
+
+    Args:
+        processing_class: the model's tokenizer, or its processor where rows carry images.
+        max_length: longest sequence in tokens; None keeps everything. What is too long loses the start of its prompt
+            first and the end of its completion next; image tokens are never cut.
+        append_eos: end plain-text completions with the tokenizer's EOS, as TRL does. Chat rows end as their template
+            says.
+
+    Example:
+        >>> collate = CompletionCollator(tokenizer)  # doctest: +SKIP
+        >>> collate([{"prompt": "Who was late?", "completion": " It cannot be known."}]).keys()  # doctest: +SKIP
+        dict_keys(['input_ids', 'attention_mask', 'completion_mask'])
+    """
+
+    def __init__(
+        self,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        max_length: int | None = None,
+        append_eos: bool = True,
+    ):
+        self.processing_class = processing_class
+        self.max_length = max_length
+        self.append_eos = append_eos
+        self.tokenizer = tokenizer_of(processing_class)
+        self._empty_ids = self.tokenizer("")["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        self._adds_eos = len(self._empty_ids) > 0 and self._empty_ids[-1] == eos != self.tokenizer.bos_token_id
+        self._image_token_id = image_token_id(processing_class)
+        self._warned_of_truncation = False
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Collate rows into one batch.
+
+        Args:
+            rows: at least one row, all with images or all without.
+
+        Returns:
+            (B, T) `input_ids`, `attention_mask` (int64) and `completion_mask` (bool), right-padded, and whatever else the
+            processor made for the model (`pixel_values`, ...).
+
+        Raises:
+            ValueError: naming the row, where a prompt is no prefix of its full text, nothing is left of a completion, an
+                image and its placeholder do not match, or truncation would cut image tokens.
+        """
+        images = _images_of(rows)
+        rendered = self._render_all(rows, images)
+        templated = rendered[0].templated
+        batch = self._encode([r.full for r in rendered], images, templated, padding_side="right")
+        prompts = self._encode([r.prompt for r in rendered], images, templated, padding_side="right")
+        batch["completion_mask"] = self._completion_mask(batch, prompts, rows)
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            batch = self._truncate(batch, rows)
+        return batch
+
+    def prompt_batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The prompts alone, left-padded, ready for `model.generate`."""
+        images = _images_of(rows)
+        rendered = self._render_all(rows, images)
+        return self._encode([r.prompt for r in rendered], images, rendered[0].templated, padding_side="left")
+
+    def _render_all(self, rows: Sequence[Row], images: list[list]) -> list[_Rendered]:
+        rendered = []
+        for position, (row, pictures) in enumerate(zip(rows, images, strict=True)):
+            try:
+                rendered.append(self._render(row, pictures))
+            except (ValueError, KeyError) as err:
+                raise ValueError(f"{_name(row, position)}: {err}") from err
+        if len({r.templated for r in rendered}) > 1:
+            raise ValueError("A batch mixes plain-text and chat rows. Write all rows of a set in one of the two forms.")
+        return rendered
+
+    def _render(self, row: Row, images: list) -> _Rendered:
+        """The row as text, with a placeholder for each of its images."""
+        if isinstance(row["prompt"], str):
+            return self._render_plain(row["prompt"], row["completion"], len(images))
+        prompt, completion = list(row["prompt"]), list(row["completion"])
+        if isinstance(self.processing_class, ProcessorMixin):
+            prompt, completion = prepare_multimodal_messages(prompt, images), prepare_multimodal_messages(completion)
+        continues = prompt[-1]["role"] == "assistant"
+        template = self.processing_class.apply_chat_template
+        return _Rendered(
+            template(prompt, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues),
+            template([*prompt, *completion], tokenize=False),
+            templated=True,
+        )
+
+    def _render_plain(self, prompt: str, completion: str, num_images: int) -> _Rendered:
+        prompt = self._with_placeholders(prompt, num_images)
+        if not prompt and not self._empty_ids:
+            # GPT-2 and Qwen put no BOS by themselves; the first token of a sentence still needs one to follow.
+            prompt = self.tokenizer.bos_token or self.tokenizer.eos_token or ""
+        eos = self.tokenizer.eos_token
+        if eos is not None and self.append_eos and not self._adds_eos and not completion.endswith(eos):
+            completion += eos
+        return _Rendered(prompt, prompt + completion, templated=False)
+
+    def _with_placeholders(self, prompt: str, num_images: int) -> str:
+        """Put missing image placeholders before a plain prompt, in the form that the family's chat template uses."""
+        token = getattr(self.processing_class, "image_token", None)
+        if num_images and not isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                f"the row has {num_images} image(s), but {type(self.processing_class).__name__} takes text only. "
+                "Use an image-text model with its processor, or drop the `images` column."
+            )
+        present = prompt.count(str(token)) if token else 0
+        if present == num_images:
+            return prompt
+        if not present:
+            return image_placeholder(self.processing_class) * num_images + prompt
+        raise ValueError(
+            f"the prompt has {present} placeholder(s) {token!s} for {num_images} image(s). "
+            "Write one for each image, or none at all: then they are put before the prompt."
+        )
+
+    def _encode(self, texts: list[str], images: list[list], templated: bool, padding_side: str) -> dict[str, Tensor]:
+        options = {
+            "padding": True,
+            "padding_side": padding_side,
+            "return_tensors": "pt",
+            "add_special_tokens": not templated,  # a chat template writes its own BOS
+        }
+        if any(images):
+            return dict(self.processing_class(text=texts, images=images, **options))
+        # An empty list comes back as a float tensor, hence the casts.
+        encoded = self.tokenizer(texts, **options)
+        return {name: encoded[name].long() for name in ("input_ids", "attention_mask")}
+
+    def _completion_mask(self, batch: dict[str, Tensor], prompts: dict[str, Tensor], rows: Sequence[Row]) -> Tensor:
+        """(B, T) bool, true from the end of the prompt to the end of the row.
+
+        Lengths come from the attention mask and never from the pad id: where pad == eos, a real EOS must stay visible.
+        """
+        lengths = batch["attention_mask"].sum(1)
+        prompt_lengths = prompts["attention_mask"].sum(1) - (
+            1 if self._adds_eos and prompts["input_ids"].numel() else 0
+        )
+        for i, (row, length) in enumerate(zip(rows, prompt_lengths.tolist(), strict=True)):
+            if not torch.equal(batch["input_ids"][i, :length], prompts["input_ids"][i, :length]):
+                raise ValueError(self._prefix_message(row, i, batch["input_ids"][i], prompts["input_ids"][i, :length]))
+            if length >= lengths[i]:
+                raise ValueError(
+                    f"{_name(row, i)}: all labels are masked, the completion {row['completion']!r} adds no token to its "
+                    "prompt. Give it at least one, or drop the row."
+                )
+            if length == 0:
+                raise ValueError(
+                    f"{_name(row, i)}: the prompt is empty and the tokenizer has no BOS or EOS to stand before the "
+                    "completion. Give the row a prompt."
+                )
+        positions = torch.arange(batch["input_ids"].shape[1])
+        return (positions >= prompt_lengths[:, None]) & (positions < lengths[:, None])
+
+    def _prefix_message(self, row: Row, position: int, full: Tensor, prompt: Tensor) -> str:
+        same = int((full[: len(prompt)] == prompt).long().cumprod(0).sum())
+        return (
+            f"{_name(row, position)}: the ids of the prompt are no prefix of the ids of prompt + completion; they part at "
+            f"token {same} (prompt alone: {self.tokenizer.decode(prompt[same:][:4])!r}, with its completion: "
+            f"{self.tokenizer.decode(full[same:][:4])!r}). Usually a space stands at the end of the prompt where it "
+            f"should begin the completion. Got prompt {_shorten(row['prompt'])}, completion {_shorten(row['completion'])}."
+        )
+
+    def _truncate(self, batch: dict[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Cut every row to `max_length`: the start of its prompt first, then the end of its completion."""
+        if not self._warned_of_truncation:
+            logger.warning("Rows longer than max_length=%d tokens are cut.", self.max_length)
+            self._warned_of_truncation = True
+        shape = batch["input_ids"].shape
+        per_token = [name for name, value in batch.items() if isinstance(value, Tensor) and value.shape == shape]
+        kept = [self._kept_positions(batch, i, row) for i, row in enumerate(rows)]
+        width = max(map(len, kept))
+        for name in per_token:
+            pad = self.tokenizer.pad_token_id if name == "input_ids" else 0
+            cut = batch[name].new_full((shape[0], width), pad)
+            for i, positions in enumerate(kept):
+                cut[i, : len(positions)] = batch[name][i, positions]
+            batch[name] = cut
+        return batch
+
+    def _kept_positions(self, batch: dict[str, Tensor], i: int, row: Row) -> list[int]:
+        length = int(batch["attention_mask"][i].sum())
+        overflow = length - self.max_length
+        if overflow <= 0:
+            return list(range(length))
+        first = 1 if self._empty_ids else 0  # the tokenizer's BOS stays
+        completion_start = int(batch["completion_mask"][i].long().argmax())
+        is_image = batch["input_ids"][i] == self._image_token_id if self._image_token_id is not None else None
+        image_start = int(is_image.long().argmax()) if is_image is not None and is_image.any() else completion_start - 1
+        cut = max(0, min(overflow, image_start - first))
+        if length - overflow + cut <= completion_start:
+            raise ValueError(
+                f"{_name(row, i)}: {length} tokens do not fit max_length={self.max_length} without cutting image tokens or "
+                f"the whole completion (prompt {completion_start}, completion {length - completion_start}). "
+                "Raise max_length, or shorten the row."
+            )
+        return [*range(first), *range(first + cut, length - (overflow - cut))]
+
+
+class StreamCollator:
+    """Collate draws of `PairedStreams`: one `CompletionCollator` batch per stream, under the stream's name.
+
+    Args:
+        collator: how a stream's rows become tensors.
+
+    A row's place in its set travels along as `index` (B,), so that values computed once per row (precomputed reference
+    log-probabilities) find it again.
+    """
+
+    def __init__(self, collator: CompletionCollator):
+        self.collator = collator
+
+    def __call__(self, draws: Sequence[Mapping[str, Row]]) -> dict[str, dict[str, Tensor]]:
+        """Collate draws, each a mapping of stream name to row."""
+        batch = {}
+        for stream in draws[0]:
+            rows = [draw[stream] for draw in draws]
+            try:
+                batch[stream] = self.collator(rows)
+            except ValueError as err:
+                raise ValueError(f"{stream} set, {err}") from err
+            batch[stream]["index"] = torch.tensor([row["index"] for row in rows])
+        return batch
+
+
+def _images_of(rows: Sequence[Row]) -> list[list]:
+    images = [list(row.get("images") or []) for row in rows]
+    if any(images) and not all(images):
+        raise ValueError("A batch mixes rows with and without images. Collate them apart, as `PairedStreams` does.")
+    return images
+
+
+def _name(row: Row, position: int) -> str:
+    return f"row {row.get('index', position)}"
+
+
+def _shorten(text: Any, limit: int = 80) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

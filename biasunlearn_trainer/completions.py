@@ -1,0 +1,104 @@
+"""One forward pass that returns what unlearning needs: the log-probabilities of completion tokens.
+
+The output head is the widest layer of a language model, and an image-text row carries hundreds of positions (the picture)
+that no loss ever reads. The head therefore runs on completion positions only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from biasunlearn_trainer.losses import token_log_probs
+
+# Keys of a collated batch that speak to the trainer and not to the model. All others reach the model untouched, so that
+# `pixel_values`, `image_grid_thw`, `mm_token_type_ids` and whatever a new family needs pass without a list of names.
+NON_MODEL_KEYS = frozenset({"completion_mask", "index"})
+
+
+@dataclass
+class CompletionOutput:
+    """Completion tokens of B sequences, N in all, at most K in one.
+
+    Attributes:
+        logits: (N, V) logits at the positions that predict a completion token, sequence by sequence.
+        targets: (N,) ids of those completion tokens.
+        mask: (B, K) bool, where the padded form below holds a token.
+        token_logps: (B, K) float32, log pi(y_t | x, y_<t) in nats; 0 off the mask.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    mask: Tensor
+    token_logps: Tensor
+
+    @property
+    def logps(self) -> Tensor:
+        """(B,) log pi(y | x) in nats: the sum over completion tokens."""
+        return self.token_logps.sum(-1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) number of completion tokens, float32."""
+        return self.mask.sum(-1).to(self.token_logps.dtype)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Lay (N,) per-token values out as (B, K), with zeros off the mask."""
+        return scatter_tokens(values, self.mask)
+
+
+def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Lay flat per-token values out by sequence.
+
+    Args:
+        values: (N,) one value per kept token, sequence by sequence.
+        mask: (B, K) bool with N true entries.
+
+    Returns:
+        (B, K), zeros off the mask; gradients flow back to `values`.
+    """
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def forward_completions(model: nn.Module, batch: dict[str, Any]) -> CompletionOutput:
+    """Run the model once and keep the completion positions.
+
+    Args:
+        model: a causal or image-text model, wrapped (PEFT, DDP, DeepSpeed) or not.
+        batch: what `CompletionCollator` returns: (B, T) `input_ids`, `attention_mask`, `completion_mask`, and any further
+            input of the model.
+
+    Returns:
+        The completion tokens' logits and log-probabilities.
+    """
+    completion_mask = batch["completion_mask"].bool()
+    inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
+    # Position t predicts token t + 1. This is the one place where labels are shifted.
+    keep = torch.zeros_like(completion_mask)
+    keep[:, :-1] = completion_mask[:, 1:]
+    targets = batch["input_ids"][:, 1:][completion_mask[:, 1:]]
+    if _takes_logits_to_keep(type(_unwrap(model))):
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    else:
+        logits = model(**inputs, use_cache=False).logits[keep]
+    lengths = keep.sum(-1)
+    mask = torch.arange(int(lengths.max()), device=keep.device) < lengths[:, None]
+    return CompletionOutput(logits, targets, mask, scatter_tokens(token_log_probs(logits, targets), mask))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, DeepSpeed and PEFT wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@lru_cache(maxsize=32)
+def _takes_logits_to_keep(model_class: type) -> bool:
+    """Whether the class runs its head on chosen positions; a (B, T) boolean mask is exact and flattens the output."""
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters

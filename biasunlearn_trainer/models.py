@@ -1,0 +1,304 @@
+"""Loading models and processors, and finding a model's parts from its own structure.
+
+Nothing here is keyed on a family's name: module groups come from where the model keeps its decoder and its image encoder,
+and the image placeholder from what the processor's chat template writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+logger = logging.getLogger(__name__)
+
+GROUPS = ("language_model", "connector", "vision_tower")
+ADAPTER_FILE = "adapter_config.json"
+
+
+def load_config(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's configuration, without its weights.
+
+    Raises:
+        OSError: where the name is neither a folder, nor in the local cache, nor to be had from the Hub.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as err:
+        raise OSError(
+            f"Model {name_or_path!r} was not found: it is no folder with a config.json, it is not in the local cache, and "
+            "the Hub was not reachable or has no such model. Check the spelling, or download it first "
+            f"(`hf download {name_or_path}`)."
+        ) from err
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    quantization_config: object | None = None,
+    trust_remote_code: bool = False,
+    device_map: object | None = None,
+) -> PreTrainedModel:
+    """Load a causal or an image-text model, whichever its configuration says, from safetensors only.
+
+    Args:
+        name_or_path: a folder or a Hub id; a folder with an adapter loads the adapter's base and puts it on top.
+        dtype: precision of the weights; None keeps the checkpoint's.
+        revision: branch, tag or commit on the Hub.
+        attn_implementation: for instance `sdpa` or `flash_attention_2`.
+        quantization_config: for instance `BitsAndBytesConfig` (QLoRA).
+        trust_remote_code: run code that comes with the model. Off unless asked for.
+        device_map: where to put the weights, for quantised models.
+
+    Raises:
+        OSError: where there is no such model.
+    """
+    options = {
+        "dtype": dtype,
+        "revision": revision,
+        "attn_implementation": attn_implementation,
+        "quantization_config": quantization_config,
+        "trust_remote_code": trust_remote_code,
+        "device_map": device_map,
+        "use_safetensors": True,
+    }
+    options = {key: value for key, value in options.items() if value is not None}
+    if (Path(name_or_path) / ADAPTER_FILE).is_file():
+        return _load_with_adapter(name_or_path, options)
+    config = load_config(name_or_path, revision, trust_remote_code)
+    return _auto_class(config).from_pretrained(name_or_path, **options)
+
+
+def _load_with_adapter(path: str, options: dict) -> PreTrainedModel:
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    return PeftModel.from_pretrained(load_model(base, **options), path)
+
+
+def _auto_class(config: PreTrainedConfig) -> type:
+    is_image_text = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return AutoModelForImageTextToText if is_image_text else AutoModelForCausalLM
+
+
+def load_processor(
+    name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor of an image-text model, the tokenizer of a language model.
+
+    A tokenizer without a pad token gets its EOS as one; padding is masked out by position everywhere, never by id.
+    """
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(name_or_path, **options)
+    loader = AutoProcessor if _auto_class(config) is AutoModelForImageTextToText else AutoTokenizer
+    processing_class = loader.from_pretrained(name_or_path, **options)
+    tokenizer = tokenizer_of(processing_class)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processing_class
+
+
+def tokenizer_of(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer inside a processor, or the tokenizer itself."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def image_token_id(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> int | None:
+    """The id that image features are laid over; None where the processor knows no images."""
+    token = getattr(processing_class, "image_token", None)
+    return None if token is None else tokenizer_of(processing_class).convert_tokens_to_ids(str(token))
+
+
+def image_placeholder(processing_class: ProcessorMixin) -> str:
+    """What stands in a prompt for one image, as the family's own chat template writes it.
+
+    The template is rendered with and without an image, and the difference is the placeholder: `<image>` and a newline for
+    LLaVA, `<|vision_start|><|image_pad|><|vision_end|>` for Qwen2-VL. Without a template it is the image token and a newline.
+    A processor that puts its image tokens in by itself (BLIP-2's query tokens) needs none.
+    """
+    if getattr(processing_class, "num_query_tokens", None):
+        return ""
+    if not getattr(processing_class, "chat_template", None):
+        return f"{processing_class.image_token}\n"
+    text = {"type": "text", "text": "X"}
+    bare, pictured = (
+        processing_class.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        for content in ([text], [{"type": "image"}, text])
+    )
+    start = next(i for i, (a, b) in enumerate(zip(bare, pictured, strict=False)) if a != b)
+    return pictured[start : len(pictured) - (len(bare) - start)]
+
+
+def module_groups(model: nn.Module) -> dict[str, list[str]]:
+    """Name the parts of a model.
+
+    Args:
+        model: a transformers model, inside PEFT or not.
+
+    Returns:
+        Module-name prefixes by group: `language_model` (decoder and output head), and, for image-text models,
+        `vision_tower` and `connector` (all that lies between the two). Together they cover every parameter; where two
+        prefixes fit a name, the longer one counts.
+    """
+    model = _base_model(model)
+    names = {module: name for name, module in model.named_modules()}
+    vision = model.get_encoder(modality="image")
+    if vision is model or vision not in names:
+        return {"language_model": [""]}
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    groups = {
+        "language_model": [names[m] for m in (decoder, head) if m is not None],
+        "connector": _merger(vision, names, decoder),
+        "vision_tower": [names[vision]],
+    }
+    known = [prefix for prefixes in groups.values() for prefix in prefixes]
+    for name, _ in model.named_parameters():
+        if not any(_inside(name, prefix) for prefix in known):
+            prefix = _outermost(name, known)
+            groups["connector"].append(prefix)
+            known.append(prefix)
+    return groups
+
+
+def _merger(vision: nn.Module, names: dict[nn.Module, str], decoder: nn.Module) -> list[str]:
+    """A connector that lives inside the image encoder (Qwen2-VL's merger): a child that ends in the text model's width."""
+    width = decoder.get_input_embeddings().weight.shape[1]
+    mergers = []
+    for child in vision.children():
+        linears = [m for m in child.modules() if isinstance(m, nn.Linear)]
+        if linears and linears[-1].out_features == width and not isinstance(child, nn.ModuleList):
+            mergers.append(child)
+    # CLIP's own encoder is a single child beside embeddings; a merger stands after a list of blocks.
+    has_blocks = any(isinstance(child, nn.ModuleList) for child in vision.children())
+    return [names[m] for m in mergers] if has_blocks else []
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(prefix + ".")
+
+
+def _outermost(name: str, known: Sequence[str]) -> str:
+    """The shortest prefix of a parameter's name that contains none of the known parts."""
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:depth])
+        if not any(_inside(other, prefix) for other in known):
+            return prefix
+    return name
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def group_of(name: str, groups: dict[str, list[str]]) -> str:
+    """The group of a parameter or module: that of the longest prefix that fits."""
+    fits = [(len(prefix), group) for group, prefixes in groups.items() for prefix in prefixes if _inside(name, prefix)]
+    return max(fits)[1]
+
+
+def check_groups(chosen: Iterable[str], groups: dict[str, list[str]]) -> None:
+    """Raise a ValueError that names what the model has, where a chosen group is not among it."""
+    for group in chosen:
+        if not groups.get(group):
+            near = get_close_matches(group, groups, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            have = ", ".join(name for name, prefixes in groups.items() if prefixes)
+            raise ValueError(f"The model has no module group {group!r}; it has: {have}.{hint}")
+
+
+def lora_targets(model: nn.Module, chosen: Sequence[str] = ("language_model",)) -> str:
+    """The linear layers of the chosen groups, as the regular expression that `peft` takes for `target_modules`.
+
+    `all-linear` and plain names such as `q_proj` also hit the image encoder; this does not. The output head stays out, as
+    is usual for LoRA.
+
+    Raises:
+        ValueError: where the model lacks a chosen group, or a group has no linear layer.
+    """
+    groups = module_groups(model)
+    check_groups(chosen, groups)
+    model = _base_model(model)
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and group_of(name, groups) in chosen
+    ]
+    if not names:
+        raise ValueError(f"No linear layer in the groups {list(chosen)}. Name `lora_target_modules` yourself.")
+    # One pattern for all layers: a numbered part of a name stands for every number.
+    patterns = {r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")) for name in names}
+    return "|".join(sorted(patterns))
+
+
+def freeze_groups(model: nn.Module, trainable: Sequence[str] | None) -> None:
+    """Freeze what lies outside the chosen groups, and what can never get a gradient.
+
+    Args:
+        model: the model, before any adapter is put on it.
+        trainable: groups to train; None trains all.
+
+    Raises:
+        ValueError: where the model lacks a chosen group.
+    """
+    groups = module_groups(model)
+    check_groups(trainable or (), groups)
+    unused = _unused_prefixes(model)
+    for name, parameter in model.named_parameters():
+        wanted = trainable is None or group_of(name, groups) in trainable
+        if not wanted or any(_inside(name, prefix) for prefix in unused):
+            parameter.requires_grad_(False)
+
+
+def _unused_prefixes(model: nn.Module) -> list[str]:
+    """Vision layers behind the one whose features are read: without a gradient, they break DDP with checkpointing."""
+    layer = getattr(model.config, "vision_feature_layer", None)
+    if not isinstance(layer, int):
+        return []
+    vision = model.get_encoder(modality="image")
+    names = {module: name for name, module in model.named_modules()}
+    blocks = next((m for m in vision.modules() if isinstance(m, nn.ModuleList)), [])
+    # hidden_states[0] is the embedding, so layer -1 is the last block's output and -2 the one before.
+    last_used = layer if layer >= 0 else len(blocks) + 1 + layer
+    unused = [names[block] for block in blocks[last_used:]]
+    unused += [
+        name for module, name in names.items() if name.endswith("post_layernorm") and _inside(name, names[vision])
+    ]
+    return unused
+
+
+def model_hash(model: nn.Module) -> str:
+    """A fingerprint of all weights, by name, shape and content: 16 hex digits.
+
+    Adapter weights do not count, so that a model under a fresh adapter has its base's fingerprint.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(_base_model(model).state_dict().items()):
+        if "lora_" in name:
+            continue
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
