@@ -1,0 +1,211 @@
+"""Named streams of rows, paired by a pure function of seed, epoch and position.
+
+A draw is one position of the forget set in one epoch, together with the rows of all other streams that stand beside it.
+Which rows these are depends on nothing but the seed and the draw's number: not on workers, ranks, the order of calls, or
+where a run was resumed. (A retain row picked by `randint` inside a worker, as published code does it, repeats itself over
+workers and ranks and cannot be resumed.)
+
+Two kinds of stream stand beside the forget set. An *aligned* stream belongs to it row by row (the preferred answer to the
+same question). A *cycled* one is gone through without replacement, in a new order each time, however long it is.
+
+Within one optimizer step a stream is of one modality. Text-only rows on one rank beside image rows on another use other
+weights, and the collectives of DDP and ZeRO-3 would wait for each other forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Image, IterableDataset, List
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+
+FORGET = "forget"
+
+
+def order(length: int, *key: int | str) -> np.ndarray:
+    """A permutation of `range(length)`, the same for the same key on every machine.
+
+    Args:
+        length: number of rows.
+        key: seed, stream, epoch: whatever the order shall depend on.
+
+    Example:
+        >>> sorted(order(4, 42, "forget", 0).tolist())
+        [0, 1, 2, 3]
+        >>> (order(4, 42, "forget", 0) == order(4, 42, "forget", 0)).all()
+        np.True_
+    """
+    words = [int.from_bytes(str(part).encode(), "little") for part in key]
+    return np.random.default_rng(np.random.SeedSequence(words)).permutation(length)
+
+
+def has_images(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """(n,) bool: which rows carry at least one image. No picture is decoded."""
+    if not isinstance(rows, Dataset):
+        return np.array([bool(row.get("images")) for row in rows])
+    if "images" not in rows.column_names:
+        return np.zeros(len(rows), dtype=bool)
+    column = rows.select_columns("images")
+    if isinstance(rows.features["images"], List):
+        column = column.cast(Features(images=List(Image(decode=False))))
+    return np.array([bool(images) for images in column["images"]])
+
+
+class _Stream:
+    """One set of rows and the order in which they come.
+
+    Rows are laid out in blocks, one per optimizer step, each of one modality; every modality's rows are gone through in
+    orders of their own.
+    """
+
+    def __init__(self, name: str, rows: Sequence[Mapping[str, Any]], seed: int, rows_per_step: int):
+        self.name, self.rows, self.seed, self.rows_per_step = name, rows, seed, rows_per_step
+        pictured = has_images(rows)
+        modalities = (np.flatnonzero(pictured), np.flatnonzero(~pictured))
+        self.modalities = [indices for indices in modalities if len(indices)]
+        self._order = lru_cache(maxsize=16)(self._order_of)
+
+    @property
+    def blocks_per_epoch(self) -> int:
+        return sum(-(-len(indices) // self.rows_per_step) for indices in self.modalities)
+
+    def draws_per_epoch(self, multiple_of: int) -> int:
+        """As many as there are rows, filled up from the start of the order to a multiple.
+
+        In a set of two modalities every block is full, so that none begins in the middle of a step.
+        """
+        if len(self.modalities) > 1:
+            return self.blocks_per_epoch * self.rows_per_step
+        return -(-len(self.rows) // multiple_of) * multiple_of
+
+    def once(self, epoch: int, position: int) -> int:
+        """The row at a position of an epoch in which every row comes once."""
+        block, place = divmod(position, self.rows_per_step)
+        # The blocks of both modalities, shuffled: entry k is (modality, number among its blocks).
+        labels = [(m, k) for m, ix in enumerate(self.modalities) for k in range(-(-len(ix) // self.rows_per_step))]
+        if len(self.modalities) > 1:
+            modality, number = labels[self._order(len(labels), "blocks", epoch)[block]]
+        else:
+            modality, number = 0, block
+        indices = self.modalities[modality]
+        shuffled = self._order(len(indices), modality, epoch)
+        return int(indices[shuffled[(number * self.rows_per_step + place) % len(indices)]])
+
+    def cycled(self, draw: int) -> int:
+        """The row for a draw, where the set is gone through again and again.
+
+        Blocks of the two modalities alternate in proportion to their rows: of the first b blocks, floor(b * share) are
+        of the first modality.
+        """
+        block, place = divmod(draw, self.rows_per_step)
+        first, total = len(self.modalities[0]), len(self.rows)
+        before, through = block * first // total, (block + 1) * first // total
+        modality, number = (0, before) if through > before else (1, block - before)
+        indices = self.modalities[modality]
+        cycle, offset = divmod(number * self.rows_per_step + place, len(indices))
+        return int(indices[self._order(len(indices), modality, cycle)[offset]])
+
+    def _order_of(self, length: int, *key: int | str) -> np.ndarray:
+        return order(length, self.seed, self.name, *key)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "index": index}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _order=lru_cache(maxsize=16)(self._order_of))
+
+
+class PairedStreams(TorchDataset):
+    """The training set of an unlearning run: item d is draw d, a row of every stream.
+
+    Args:
+        datasets: rows by stream; `forget` sets the length of an epoch.
+        seed: what all orders depend on.
+        rows_per_step: rows of one stream in one optimizer step (batch size x accumulation x processes).
+        aligned: streams whose row i belongs to row i of the forget set.
+        multiple_of: an epoch is filled up to a multiple of this many draws. With several processes it is what they take
+            at a time: each needs its share of the last batch.
+
+    Raises:
+        ValueError: where a stream is empty, or an aligned one has another length than the forget set.
+        TypeError: for a dataset without length and index.
+
+    Example:
+        >>> rows = [{"prompt": "a", "completion": " b"}] * 3
+        >>> streams = PairedStreams({"forget": rows, "retain": rows}, seed=0, rows_per_step=2)
+        >>> len(streams), sorted(streams[0])
+        (3, ['forget', 'retain'])
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, Sequence[Mapping[str, Any]]],
+        seed: int,
+        rows_per_step: int,
+        aligned: Sequence[str] = (),
+        multiple_of: int = 1,
+    ):
+        for name, rows in datasets.items():
+            if isinstance(rows, IterableDataset) or not hasattr(rows, "__len__"):
+                raise TypeError(
+                    f"The {name} set has no length and no index ({type(rows).__name__}); rows are paired by index. "
+                    "Load it without streaming."
+                )
+            if len(rows) == 0:
+                raise ValueError(f"The {name} set has no rows.")
+            if name in aligned and len(rows) != len(datasets[FORGET]):
+                raise ValueError(
+                    f"The {name} set has {len(rows)} rows for {len(datasets[FORGET])} forget rows; row i of the one "
+                    "answers row i of the other, so their numbers must agree."
+                )
+        self.streams = {name: _Stream(name, rows, seed, rows_per_step) for name, rows in datasets.items()}
+        self.aligned = frozenset(aligned)
+        self.rows_per_step = rows_per_step
+        self.draws_per_epoch = self.streams[FORGET].draws_per_epoch(multiple_of)
+
+    def __len__(self) -> int:
+        return self.draws_per_epoch
+
+    def indices(self, draw: int) -> dict[str, int]:
+        """Row numbers by stream for a draw; draw `epoch * len(self) + position`."""
+        epoch, position = divmod(draw, self.draws_per_epoch)
+        forget = self.streams[FORGET].once(epoch, position)
+        # Every epoch begins with a fresh block, as it begins with a fresh optimizer step.
+        steps_per_epoch = -(-self.draws_per_epoch // self.rows_per_step)
+        place = epoch * steps_per_epoch * self.rows_per_step + position
+        return {
+            name: forget if name == FORGET or name in self.aligned else stream.cycled(place)
+            for name, stream in self.streams.items()
+        }
+
+    def __getitem__(self, draw: int) -> dict[str, dict[str, Any]]:
+        return {name: self.streams[name][index] for name, index in self.indices(draw).items()}
+
+
+class DrawSampler(Sampler[int]):
+    """The draws of an epoch, in order: the shuffling lies in `PairedStreams`, and the epoch in the draw's number.
+
+    So workers that live through several epochs need not be told which one it is.
+    """
+
+    def __init__(self, draws_per_epoch: int):
+        self.draws_per_epoch = draws_per_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before an epoch begins."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.draws_per_epoch
+        return iter(range(start, start + self.draws_per_epoch))
+
+    def __len__(self) -> int:
+        return self.draws_per_epoch
