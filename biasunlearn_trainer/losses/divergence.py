@@ -73,5 +73,5 @@ def kl_loss(
 
 def _check_direction(direction: str) -> None:
     if direction not in DIRECTIONS:
-        nearest = get_close_matches(str(direction), DIRECTIONS, n=1, cutoff=0.0)[0]
+        nearest = get_close_matches(str(direction).lower(), DIRECTIONS, n=1, cutoff=0.0)[0]
         raise ValueError(f"`direction` must be one of {DIRECTIONS}, got {direction!r}. Did you mean {nearest!r}?")
