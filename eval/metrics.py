@@ -2,12 +2,12 @@
 
 Which interval, and why:
 
-- A plain share of independent items gets the Wilson score interval. Resampling 0s and 1s is sampling from a binomial with
-  the observed share put in for the true one: it covers less than 95 % near 0 and 1, and where all items agree it has no
-  width at all. Wilson's interval has neither fault and needs no random numbers.
-- Everything else gets a percentile bootstrap over independent units: items, or target terms where a score is averaged per
-  term. It is stretched for few units (`stretch`): over k units it is too narrow by sqrt((k - 1) / k) and knows no t
-  distribution. Random numbers are seeded from the metric's name.
+- A plain share of independent items gets the Wilson score interval. Resampling 0s and 1s is sampling from a
+  binomial with the observed share put in for the true one: it covers less than 95 % near 0 and 1, and where all
+  items agree it has no width at all. Wilson's interval has neither fault and needs no random numbers.
+- Everything else gets a percentile bootstrap over independent units: items, or target terms where a score is
+  averaged per term. It is stretched for few units (`stretch`): over k units it is too narrow by sqrt((k - 1) / k)
+  and knows no t distribution. Random numbers are seeded from the metric's name.
 - A difference of two shares on the same items gets the Bonett-Price interval, for the reasons given for Wilson.
 """
 
@@ -76,12 +76,13 @@ def share(flags: Sequence[bool], *, ideal: float | None = 1.0, higher_is_better:
 def stretch(n: int) -> float:
     """How much wider than its percentiles the interval of a bootstrap over n units must be.
 
-    sqrt(n / (n - 1)) * t / z, with t and z the 0.975 quantiles of Student's distribution (n - 1 degrees of freedom) and of
-    the normal one: 2.7 for 3 units, 1.1 for 20, 1.002 for 1000; 1 for a single unit, which has no spread to stretch.
+    sqrt(n / (n - 1)) * t / z, with t and z the 0.975 quantiles of Student's distribution (n - 1 degrees of
+    freedom) and of the normal one: 2.7 for 3 units, 1.1 for 20, 1.002 for 1000; 1 for a single unit, which has no
+    spread to stretch.
 
-    Source: the narrowness bias and the t quantile are discussed by Hesterberg 2015, "What teachers should know about the
-    bootstrap", section 3; t by its expansion in 1/df (Abramowitz and Stegun 26.7.5), 3 % low at 2 degrees of freedom and
-    within 1 % from 3 on.
+    Source: the narrowness bias and the t quantile are discussed by Hesterberg 2015, "What teachers should know
+    about the bootstrap", section 3; t by its expansion in 1/df (Abramowitz and Stegun 26.7.5), 3 % low at 2
+    degrees of freedom and within 1 % from 3 on.
     """
     if n < 2:
         return 1.0
@@ -103,13 +104,14 @@ def bootstrap_interval(
         values: (n,) one value per independent unit, or (n, c) several.
         name: the metric's name, from which the random numbers are seeded.
         statistic: maps means (..., c) to (...); by default the mean of the only column.
-        bounds: smallest and largest possible value of the columns and of the statistic; the interval stays inside. Where
-            every resample gives the same number, the bootstrap knows no interval; with bounds, Wilson's interval for n
-            trials stands in (no values inside these bounds can vary more), and without them the interval is that point.
+        bounds: smallest and largest possible value of the columns and of the statistic; the interval stays inside.
+            Where every resample gives the same number, the bootstrap knows no interval; with bounds, Wilson's
+            interval for n trials stands in (no values inside these bounds can vary more), and without them the
+            interval is that point.
 
     Returns:
-        Lower and upper end, widened to hold the estimate itself: a statistic with a peak (ICAT at SS = 50) resamples to
-        one side of it. The order of the units does not matter.
+        Lower and upper end, widened to hold the estimate itself: a statistic with a peak (ICAT at SS = 50)
+        resamples to one side of it. The order of the units does not matter.
 
     Raises:
         ValueError: where there are no units, or a value is NaN or infinite.

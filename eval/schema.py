@@ -2,8 +2,9 @@
 
     {"schema_version", "model", "tasks": {TASK: {"metrics": {NAME: METRIC}, "groups": {GROUP: {NAME: METRIC}}}}}
 
-with METRIC = {"value", "n", "ci95": [low, high], "higher_is_better", "ideal"}. The `results.json` of a training run holds
-several such results by name: `before`, `after`, and `oracle` where there is one. docs/schemas.md describes the fields.
+with METRIC = {"value", "n", "ci95": [low, high], "higher_is_better", "ideal"}. The `results.json` of a training
+run holds several such results by name: `before`, `after`, and `oracle` where there is one. docs/schemas.md
+describes the fields.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def _metric_faults(metric: Any, where: str) -> list[str]:
     if not _is_number(metric["value"]):
         faults.append(f"{where}: value must be a finite number, got {metric['value']!r}")
     if not isinstance(metric["n"], int) or isinstance(metric["n"], bool) or metric["n"] < 1:
-        faults.append(f"{where}: n must be a count of at least 1, got {metric['n']!r}; leave out what was not measured")
+        faults.append(f"{where}: n must be a count of at least 1, got {metric['n']!r}; leave out what is unmeasured")
     ends = metric["ci95"]
     if not isinstance(ends, list | tuple) or len(ends) != 2 or not all(map(_is_number, ends)) or ends[0] > ends[1]:
         faults.append(f"{where}: ci95 must be two finite numbers [low, high], got {ends!r}")
