@@ -1,1 +1,44 @@
-"""Unlearning of social bias in language and image-text models."""
+"""Unlearning of social bias in language and image-text models.
+
+Public names are looked up when they are first used, so that `import biasunlearn_trainer` costs nothing.
+"""
+
+from importlib import import_module
+
+from biasunlearn_trainer.version import __version__
+
+_PUBLIC = {
+    "UnlearnConfig": "trainers.base",
+    "UnlearnTrainer": "trainers.base",
+    "GAConfig": "trainers.ga",
+    "GATrainer": "trainers.ga",
+    "GADiffConfig": "trainers.ga_diff",
+    "GADiffTrainer": "trainers.ga_diff",
+    "KLMinConfig": "trainers.kl_min",
+    "KLMinTrainer": "trainers.kl_min",
+    "NPOConfig": "trainers.npo",
+    "NPOTrainer": "trainers.npo",
+    "SimNPOConfig": "trainers.simnpo",
+    "SimNPOTrainer": "trainers.simnpo",
+    "UnlearnDPOConfig": "trainers.dpo",
+    "UnlearnDPOTrainer": "trainers.dpo",
+    "ProbeCallback": "probes",
+    "get_method": "trainers.registry",
+    "load_model": "models",
+    "load_processor": "models",
+    "module_groups": "models",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

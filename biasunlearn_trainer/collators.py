@@ -59,7 +59,7 @@ class CompletionCollator:
         self._empty_ids = self.tokenizer("")["input_ids"]
         eos = self.tokenizer.eos_token_id
         self._adds_eos = len(self._empty_ids) > 0 and self._empty_ids[-1] == eos != self.tokenizer.bos_token_id
-        self._image_token_id = image_token_id(processing_class)
+        self.image_token_id = image_token_id(processing_class)
         self._warned_of_truncation = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -217,7 +217,7 @@ class CompletionCollator:
             return list(range(length))
         first = 1 if self._empty_ids else 0  # the tokenizer's BOS stays
         completion_start = int(batch["completion_mask"][i].long().argmax())
-        is_image = batch["input_ids"][i] == self._image_token_id if self._image_token_id is not None else None
+        is_image = batch["input_ids"][i] == self.image_token_id if self.image_token_id is not None else None
         image_start = int(is_image.long().argmax()) if is_image is not None and is_image.any() else completion_start - 1
         cut = max(0, min(overflow, image_start - first))
         if length - overflow + cut <= completion_start:

@@ -91,6 +91,12 @@ def forward_completions(model: nn.Module, batch: dict[str, Any]) -> CompletionOu
     return CompletionOutput(logits, targets, mask, scatter_tokens(token_log_probs(logits, targets), mask))
 
 
+def text_positions(batch: dict[str, Any], image_token_id: int | None) -> Tensor:
+    """(B, T) bool: every token but padding and image placeholders."""
+    kept = batch["attention_mask"].bool()
+    return kept if image_token_id is None else kept & (batch["input_ids"] != image_token_id)
+
+
 def _unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, DeepSpeed and PEFT wrappers."""
     while hasattr(model, "module"):

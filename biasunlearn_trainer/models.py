@@ -6,7 +6,6 @@ and the image placeholder from what the processor's chat template writes.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -162,7 +161,7 @@ def module_groups(model: nn.Module) -> dict[str, list[str]]:
         `vision_tower` and `connector` (all that lies between the two). Together they cover every parameter; where two
         prefixes fit a name, the longer one counts.
     """
-    model = _base_model(model)
+    model = base_model(model)
     names = {module: name for name, module in model.named_modules()}
     vision = model.get_encoder(modality="image")
     if vision is model or vision not in names:
@@ -209,8 +208,9 @@ def _outermost(name: str, known: Sequence[str]) -> str:
     return name
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model under a PEFT adapter, or the model itself."""
+    return model.getbase_model() if hasattr(model, "get_base_model") else model
 
 
 def group_of(name: str, groups: dict[str, list[str]]) -> str:
@@ -240,7 +240,7 @@ def lora_targets(model: nn.Module, chosen: Sequence[str] = ("language_model",)) 
     """
     groups = module_groups(model)
     check_groups(chosen, groups)
-    model = _base_model(model)
+    model = base_model(model)
     head = model.get_output_embeddings()
     names = [
         name
@@ -288,17 +288,3 @@ def _unused_prefixes(model: nn.Module) -> list[str]:
         name for module, name in names.items() if name.endswith("post_layernorm") and _inside(name, names[vision])
     ]
     return unused
-
-
-def model_hash(model: nn.Module) -> str:
-    """A fingerprint of all weights, by name, shape and content: 16 hex digits.
-
-    Adapter weights do not count, so that a model under a fresh adapter has its base's fingerprint.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(_base_model(model).state_dict().items()):
-        if "lora_" in name:
-            continue
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -15,7 +15,7 @@ weights, and the collectives of DDP and ZeRO-3 would wait for each other forever
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,13 @@ class _Stream:
 
     def __init__(self, name: str, rows: Sequence[Mapping[str, Any]], seed: int, rows_per_step: int):
         self.name, self.rows, self.seed, self.rows_per_step = name, rows, seed, rows_per_step
-        pictured = has_images(rows)
-        modalities = (np.flatnonzero(pictured), np.flatnonzero(~pictured))
-        self.modalities = [indices for indices in modalities if len(indices)]
         self._order = lru_cache(maxsize=16)(self._order_of)
+
+    @cached_property
+    def modalities(self) -> list[np.ndarray]:
+        """Row numbers with images and without, each where there are any."""
+        pictured = has_images(self.rows)
+        return [indices for indices in (np.flatnonzero(pictured), np.flatnonzero(~pictured)) if len(indices)]
 
     @property
     def blocks_per_epoch(self) -> int:
@@ -189,6 +192,45 @@ class PairedStreams(TorchDataset):
         return {name: self.streams[name][index] for name, index in self.indices(draw).items()}
 
 
+def align(forget: Sequence[Mapping[str, Any]], rows: Any, name: str) -> Any:
+    """Put rows in the order of the forget rows that they belong to.
+
+    Args:
+        forget: the forget set.
+        rows: one row for each forget row; matched by `pair_id` where both sets have one in every row, by position
+            otherwise.
+        name: what to call the set in an error.
+
+    Raises:
+        ValueError: where a forget row has no partner or two, or the sets differ in length and have no `pair_id`.
+    """
+    keys, partners = _pair_ids(forget), _pair_ids(rows)
+    if keys is None or partners is None:
+        if len(forget) != len(rows):
+            raise ValueError(
+                f"The {name} set has {len(rows)} rows for {len(forget)} forget rows and no `pair_id` in both to match them "
+                "by. Give one row for each forget row, or the column."
+            )
+        return rows
+    places = {key: i for i, key in enumerate(partners)}
+    if len(places) != len(partners):
+        raise ValueError(f"The {name} set uses a `pair_id` twice; each names the one partner of a forget row.")
+    missing = [key for key in keys if key not in places]
+    if missing:
+        raise ValueError(f"{len(missing)} forget rows have no {name} row of their `pair_id`; the first: {missing[:5]}.")
+    chosen = [places[key] for key in keys]
+    return rows.select(chosen) if isinstance(rows, Dataset) else [rows[i] for i in chosen]
+
+
+def _pair_ids(rows: Sequence[Mapping[str, Any]]) -> list | None:
+    """The rows' `pair_id`s, or None unless every row has one."""
+    if isinstance(rows, Dataset):
+        ids = list(rows["pair_id"]) if "pair_id" in rows.column_names else [None]
+    else:
+        ids = [row.get("pair_id") for row in rows]
+    return None if any(key is None for key in ids) else ids
+
+
 class DrawSampler(Sampler[int]):
     """The draws of an epoch, in order: the shuffling lies in `PairedStreams`, and the epoch in the draw's number.
 
@@ -209,3 +251,12 @@ class DrawSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self.draws_per_epoch
+
+
+def modality_batches(rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
+    """Cut a set into batches of row numbers, each with images or without, in the set's order."""
+    pictured = has_images(rows)
+    batches = []
+    for indices in (np.flatnonzero(pictured), np.flatnonzero(~pictured)):
+        batches += [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
+    return batches

@@ -1,0 +1,87 @@
+"""Short digests of what a result depends on: a model's weights, a set's rows, a processor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Image, List
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from biasunlearn_trainer.models import base_model, tokenizer_of
+
+DIGEST_BYTES = 8
+
+
+def model_hash(model: nn.Module) -> str:
+    """Digest of all weights, by name, shape, type and content.
+
+    Adapter weights do not count: a model under a fresh LoRA adapter has the digest of its base.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name, tensor in sorted(base_model(model).state_dict().items()):
+        if "lora_" in name:
+            continue
+        digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Digest of what a model sees of a set: prompts, completions and images, in order.
+
+    A picture counts by its bytes, or, where a row names a file, by the file's path, size and time of change.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    if isinstance(rows, Dataset):
+        columns = [name for name in ("prompt", "completion", "images") if name in rows.column_names]
+        rows = rows.select_columns(columns)
+        if isinstance(rows.features.get("images"), List):
+            rows = rows.cast(Features({**rows.features, "images": List(Image(decode=False))}))
+    for row in rows:
+        for name in ("prompt", "completion", "images"):
+            _feed(digest, row.get(name))
+    return digest.hexdigest()
+
+
+def processor_fingerprint(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> str:
+    """Digest of how rows become tensors: vocabulary, special tokens, chat template, image settings."""
+    tokenizer = tokenizer_of(processing_class)
+    image_processor = getattr(processing_class, "image_processor", None)
+    parts = {
+        "classes": [type(processing_class).__name__, type(tokenizer).__name__],
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": tokenizer.special_tokens_map,
+        "probe": tokenizer("A probe of merges,  blanks\nand casing.")["input_ids"],
+        "template": getattr(processing_class, "chat_template", None),
+        "images": image_processor.to_dict() if image_processor is not None else None,
+    }
+    return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _feed(digest: Any, value: Any) -> None:
+    """Feed one value, with its type and length, so that no two different rows run into the same bytes."""
+    if isinstance(value, Mapping):
+        if value.get("bytes") is None and value.get("path") and set(value) == {"bytes", "path"}:
+            stat = Path(value["path"]).stat()
+            value = f"{value['path']} {stat.st_size} {stat.st_mtime_ns}"
+        elif set(value) == {"bytes", "path"}:
+            value = value["bytes"]
+        else:
+            value = [part for item in sorted(value.items()) for part in item]
+    if isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for item in value:
+            _feed(digest, item)
+        return
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):  # a PIL picture
+        digest.update(f"{value.mode}{value.size}".encode())
+        value = value.tobytes()
+    data = value if isinstance(value, bytes) else str(value).encode()
+    digest.update(f"{type(value).__name__}{len(data)}:".encode())
+    digest.update(data)

@@ -1,0 +1,158 @@
+"""The reference policy: the model before unlearning, in whichever form costs least.
+
+`adapter`: the policy with its PEFT adapter switched off; no second model.
+`precomputed`: log pi_ref(y | x), one number per row, computed once, kept on disk and looked up by row number.
+`model`: a second model, frozen.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from biasunlearn_trainer.collators import CompletionCollator
+from biasunlearn_trainer.completions import CompletionOutput, forward_completions
+from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
+from biasunlearn_trainer.streams import modality_batches
+
+logger = logging.getLogger(__name__)
+
+MODES = ("auto", "adapter", "precomputed", "model")
+
+
+def cache_home() -> Path:
+    """Where things that are built once are kept: `BIASUNLEARN_CACHE`, or `biasunlearn` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "biasunlearn"
+    return Path(os.environ.get("BIASUNLEARN_CACHE", default))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients, and every module back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class AdapterReference:
+    """The policy's own base weights, under its switched-off adapter."""
+
+    def output(self, model: nn.Module, batch: dict[str, Tensor]) -> CompletionOutput:
+        """One forward pass of the reference over a stream's batch."""
+        policy = model.module if hasattr(model, "module") else model
+        with evaluating(policy), policy.disable_adapter():
+            return forward_completions(policy, batch)
+
+
+class ModelReference:
+    """A second, frozen model.
+
+    Args:
+        model: the reference; `of` makes a copy of a policy.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval().requires_grad_(False)
+
+    @classmethod
+    def of(cls, policy: nn.Module) -> ModelReference:
+        """A copy of the policy as it is now."""
+        return cls(copy.deepcopy(policy))
+
+    def output(self, model: nn.Module, batch: dict[str, Tensor]) -> CompletionOutput:
+        """One forward pass of the reference over a stream's batch."""
+        device = batch["input_ids"].device
+        if next(self.model.parameters()).device != device:
+            self.model.to(device)
+        with torch.no_grad():
+            return forward_completions(self.model, batch)
+
+
+class PrecomputedReference:
+    """log pi_ref(y | x) by stream and row number.
+
+    Args:
+        tables: for each stream an (n,) float32 tensor, in nats.
+    """
+
+    def __init__(self, tables: Mapping[str, Tensor]):
+        self.tables = dict(tables)
+
+    def logps(self, stream: str, index: Tensor) -> Tensor:
+        """(B,) reference log-probabilities of the rows `index`."""
+        table = self.tables[stream] = self.tables[stream].to(index.device)
+        return table[index]
+
+
+class ReferenceBuilder:
+    """Compute log pi_ref(y | x) for whole sets, once, and keep it on disk.
+
+    Args:
+        model: the reference, unwrapped.
+        collator: the one that training uses; it decides what the model sees.
+        accelerator: rows are shared out among its processes.
+        batch_size: rows in one forward pass.
+        cache_dir: where tables are kept; None for `cache_home() / "references"`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collator: CompletionCollator,
+        accelerator: Accelerator,
+        batch_size: int,
+        cache_dir: str | Path | None = None,
+    ):
+        self.model, self.collator, self.accelerator, self.batch_size = model, collator, accelerator, batch_size
+        self.cache_dir = Path(cache_dir) if cache_dir else cache_home() / "references"
+        settings = f"{collator.max_length} {collator.append_eos} {processor_fingerprint(collator.processing_class)}"
+        self._key = f"{model_hash(model)} {settings}"
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """(n,) float32 reference log-probabilities of the rows, from disk where they are there.
+
+        The key holds the model's weights, the rows, the processor and the collator's settings: whatever changes makes
+        a new table.
+        """
+        key = hashlib.blake2b(f"{self._key} {rows_fingerprint(rows)}".encode(), digest_size=12).hexdigest()
+        path = self.cache_dir / f"{key}.safetensors"
+        self.accelerator.wait_for_everyone()
+        if path.is_file():
+            logger.info("Reference log-probabilities of the %s set: %s", name, path)
+            return load_file(path)["logps"]
+        logps = self._compute(name, rows)
+        if self.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            save_file({"logps": logps}, partial)
+            partial.replace(path)
+        return logps
+
+    def _compute(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        state = self.accelerator
+        device = next(self.model.parameters()).device
+        logps = torch.zeros(len(rows), device=device)
+        batches = modality_batches(rows, self.batch_size)[state.process_index :: state.num_processes]
+        with evaluating(self.model):
+            for batch_rows in tqdm(batches, desc=f"Reference log-probabilities, {name} set"):
+                batch = self.collator([{**rows[i], "index": i} for i in batch_rows])
+                batch = {key: value.to(device) for key, value in batch.items()}
+                logps[torch.tensor(batch_rows, device=device)] = forward_completions(self.model, batch).logps
+        return state.reduce(logps, "sum").cpu()

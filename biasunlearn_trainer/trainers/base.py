@@ -1,0 +1,451 @@
+"""What all unlearning methods share, so that a method is its equation and nothing else.
+
+A trainer names its streams and references and returns its terms, one value per sequence. The base pairs and collates the
+streams, runs the model, weighs, averages, sums and logs the terms.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+
+from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
+from biasunlearn_trainer.completions import CompletionOutput, forward_completions, text_positions
+from biasunlearn_trainer.losses import nll_loss, sequence_mean, sequence_sum, token_kl
+from biasunlearn_trainer.models import freeze_groups, load_model, load_processor, lora_targets
+from biasunlearn_trainer.reference import (
+    AdapterReference,
+    ModelReference,
+    PrecomputedReference,
+    ReferenceBuilder,
+    evaluating,
+)
+from biasunlearn_trainer.streams import DrawSampler, PairedStreams, modality_batches
+from biasunlearn_trainer.trainers.config import KLConfig, RetainChoiceConfig, RetainConfig, UnlearnConfig
+
+__all__ = [
+    "KLConfig",
+    "RetainChoiceConfig",
+    "RetainConfig",
+    "SequenceLogps",
+    "UnlearnConfig",
+    "UnlearnTrainer",
+]
+
+logger = logging.getLogger(__name__)
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass
+class SequenceLogps:
+    """Policy and reference on the B sequences of a stream.
+
+    Attributes:
+        stream: the stream's name.
+        positions: `completion` or `all_text`, the positions that were kept.
+        output: the policy's completion tokens (`mask`, `token_logps`, `logits`).
+        reference: (B,) log pi_ref(y | x) in nats; None where the method needs none.
+        reference_output: the reference's completion tokens, where whole distributions are needed.
+    """
+
+    stream: str
+    positions: str
+    output: CompletionOutput
+    reference: Tensor | None = None
+    reference_output: CompletionOutput | None = None
+
+    @property
+    def policy(self) -> Tensor:
+        """(B,) log pi(y | x) in nats."""
+        return self.output.logps
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) number of completion tokens."""
+        return self.output.lengths
+
+
+class UnlearnTrainer(Trainer):
+    """Base of the unlearning trainers.
+
+    A method overrides `loss_terms`, and `streams` and `references` where it needs more than the forget set. (Overriding
+    `compute_loss` outright works too, the Hugging Face way.)
+
+    Args:
+        model: a name or path, or a loaded causal or image-text model.
+        args: the method's configuration; its defaults where None.
+        forget_dataset: rows whose completions are to be unlearned: `prompt`, `completion`, and `images` where there are
+            any, in TRL's prompt-completion format, plain or conversational.
+        retain_dataset: rows whose completions are to stay, for the methods that take them.
+        preferred_dataset: for each forget row the answer to prefer, for the methods that take them.
+        eval_dataset: rows, or a dict of them, on which `evaluate` reports the mean NLL.
+        processing_class: the model's tokenizer or processor; loaded by the model's name where None.
+        peft_config: put an adapter on the model; without `target_modules` it goes on the linear layers of
+            `args.trainable_groups`.
+        reference_model: another model as the reference policy.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: as in `transformers.Trainer`.
+
+    Raises:
+        ValueError: where a set that the method needs is missing, one that it does not use is given, or the reference
+            does not fit the model.
+    """
+
+    config_class: ClassVar[type[UnlearnConfig]] = UnlearnConfig
+    aligned_streams: ClassVar[tuple[str, ...]] = ()
+    _tag_names: ClassVar[list[str]] = ["biasunlearn_trainer", "machine-unlearning"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: UnlearnConfig | None = None,
+        forget_dataset: Rows | None = None,
+        retain_dataset: Rows | None = None,
+        preferred_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        peft_config: PeftConfig | None = None,
+        reference_model: str | PreTrainedModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ):
+        args = args if args is not None else self.config_class(output_dir="unlearned")
+        datasets = self.prepare_datasets(
+            args, {"forget": forget_dataset, "retain": retain_dataset, "preferred": preferred_dataset}
+        )
+        self._check_datasets(args, datasets)
+        name = model if isinstance(model, str) else model.config._name_or_path
+        model = load_model(model) if isinstance(model, str) else model
+        processing_class = processing_class or load_processor(name)
+        model = self._prepare_model(model, args, peft_config)
+        if args.n_gpu > 1:
+            logger.warning("Using one GPU; for %d, start with `accelerate launch`.", args.n_gpu)
+            args._n_gpu = 1
+        self.collator = CompletionCollator(processing_class, args.max_length, args.append_eos)
+        batch = args.per_device_train_batch_size * args.world_size
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=PairedStreams(
+                datasets,
+                seed=args.data_seed if args.data_seed is not None else args.seed,
+                rows_per_step=batch * args.gradient_accumulation_steps,
+                aligned=self.aligned_streams,
+                multiple_of=batch if args.world_size > 1 else 1,
+            ),
+            data_collator=StreamCollator(self.collator),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # Losses are normalised here, over the whole accumulated batch; the Trainer must not divide them again. A subclass
+        # with a `compute_loss` of its own keeps the Trainer's usual division.
+        self.loss_is_scaled_for_ga = True if type(self).compute_loss is UnlearnTrainer.compute_loss else None
+        self.model_accepts_loss_kwargs = False
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._reference_model = reference_model
+        self.reference = None
+        self._check_reference()
+
+    # What a method says of itself.
+
+    @classmethod
+    def streams(cls, args: UnlearnConfig) -> tuple[str, ...]:
+        """The streams that the method needs; `forget` first."""
+        return ("forget", "retain") if cls.retain_loss(args) != "none" else ("forget",)
+
+    @classmethod
+    def references(cls, args: UnlearnConfig) -> dict[str, str]:
+        """What the method needs of the reference, by stream: `logps`, or `logits` for whole distributions."""
+        return {"retain": "logits"} if cls.retain_loss(args) == "kl" else {}
+
+    @classmethod
+    def retain_loss(cls, args: UnlearnConfig) -> str:
+        """Which loss keeps the retain set: `nll`, `kl` or `none`."""
+        return getattr(args, "retain_loss", "none")
+
+    @classmethod
+    def prepare_datasets(cls, args: UnlearnConfig, datasets: dict[str, Rows | None]) -> dict[str, Rows]:
+        """Rows by stream, without those that were not given; a method may derive one set from another here."""
+        return {name: rows for name, rows in datasets.items() if rows is not None}
+
+    def loss_terms(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The method's equation.
+
+        Args:
+            model: the policy, wrapped as training needs it.
+            batch: collated rows by stream.
+
+        Returns:
+            Terms named for the log, `loss/forget`, `kl/retain`, ..., each (B,), one value per sequence. What stands
+            behind the slash is weighted by `args.<it>_weight`, then all terms are summed. A 0-dimensional term is one
+            value for the micro-batch.
+        """
+        return self.forget_terms(model, batch) | self.retain_terms(model, batch)
+
+    def forget_terms(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The part of the equation that unlearns."""
+        raise TypeError(
+            f"{type(self).__name__} defines no loss: override `forget_terms`, `loss_terms` or `compute_loss`."
+        )
+
+    def retain_terms(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The part of the equation that keeps: NLL on the retain set, KL to the reference, or nothing."""
+        kind = self.retain_loss(self.args)
+        if kind == "nll":
+            return {"loss/retain": self.nll(self.forward(model, batch, "retain"))}
+        if kind == "kl":
+            return {"kl/retain": self.kl(self.forward(model, batch, "retain", self.args.kl_positions))}
+        return {}
+
+    # What methods are made of.
+
+    def forward(
+        self, model: nn.Module, batch: dict[str, dict[str, Tensor]], stream: str, positions: str = "completion"
+    ) -> SequenceLogps:
+        """Run the policy and, where the method needs it, the reference on one stream.
+
+        Args:
+            model: the policy, wrapped as training needs it.
+            batch: collated rows by stream.
+            stream: the one to run.
+            positions: `completion`, or `all_text` for all but padding and image positions.
+        """
+        inputs = batch[stream]
+        if positions == "all_text":
+            inputs = {**inputs, "completion_mask": text_positions(inputs, self.collator.image_token_id)}
+        result = SequenceLogps(stream, positions, forward_completions(model, inputs))
+        self.record(f"logps/{stream}", result.policy)
+        needs = self.references(self.args).get(stream)
+        if needs == "logps" and isinstance(self.reference, PrecomputedReference):
+            result.reference = self.reference.logps(stream, inputs["index"])
+        elif needs is not None:
+            result.reference_output = self.reference.output(model, inputs)
+            result.reference = result.reference_output.logps
+        return result
+
+    def nll(self, result: SequenceLogps) -> Tensor:
+        """(B,) negative log-likelihood per token, in nats."""
+        return self.token_average(-result.output.token_logps, result)
+
+    def kl(self, result: SequenceLogps) -> Tensor:
+        """(B,) Kullback-Leibler divergence between reference and policy per kept position, in nats."""
+        values = token_kl(result.output.logits, result.reference_output.logits, self.args.kl_direction)
+        return self.token_average(result.output.scatter(values), result)
+
+    def token_average(self, values: Tensor, result: SequenceLogps) -> Tensor:
+        """Average (B, K) token values over each sequence, so that the mean over sequences is what `args.reduction` says."""
+        mask = result.output.mask
+        if self.args.reduction == "sequence_mean":
+            return sequence_mean(values, mask)
+        sequences, completion_tokens, text_tokens = self._batch_counts[result.stream]
+        tokens = completion_tokens if result.positions == "completion" else text_tokens
+        return sequence_sum(values, mask) * sequences / tokens
+
+    # Loss: weigh, average over the accumulated global batch, sum, log.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, dict[str, Tensor]],
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, dict]:
+        """The weighted sum of the method's terms, normalised over the whole accumulated global batch.
+
+        Args:
+            model: the policy.
+            inputs: one micro-batch, rows by stream.
+            return_outputs: return the terms beside the loss.
+            num_items_in_batch: for each stream (3,), its sequences, completion tokens and text tokens in the accumulated
+                global batch; None counts this micro-batch alone.
+        """
+        self._batch_counts = num_items_in_batch or self._count([inputs])
+        terms = self.loss_terms(model, inputs)
+        loss = sum(self.weight(name) * self._normalised(name, term) for name, term in terms.items())
+        for name, term in terms.items():
+            self.record(name, term)
+        return (loss, terms) if return_outputs else loss
+
+    def weight(self, name: str) -> float:
+        """The weight of a term: `args.<stream>_weight` for what stands behind the slash, else 1."""
+        return getattr(self.args, f"{name.split('/')[-1]}_weight", 1.0)
+
+    def _normalised(self, name: str, term: Tensor) -> Tensor:
+        if term.dim() == 0:
+            return term / getattr(self, "current_gradient_accumulation_steps", 1)
+        # Gradients are averaged over processes, so each contributes its sum times their number.
+        return term.sum() / self._batch_counts[name.split("/")[-1]][0] * self.args.world_size
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, Tensor] | None:
+        return self._count(batch_samples, device) if batch_samples else None
+
+    def _count(
+        self, batches: list[dict[str, dict[str, Tensor]]], device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """(3,) sequences, completion tokens and text tokens by stream, over micro-batches and processes."""
+        counts = {}
+        for stream in batches[0]:
+            parts = [batch[stream] for batch in batches]
+            count = sum(
+                torch.stack([mask.new_tensor(len(mask), dtype=torch.float), mask.sum().float(), text.sum().float()])
+                for mask, text in (
+                    (part["completion_mask"], text_positions(part, self.collator.image_token_id)[:, 1:])
+                    for part in parts
+                )
+            )
+            count = count.to(device or count.device)
+            counts[stream] = self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count
+        return counts
+
+    def record(self, name: str, values: Tensor) -> None:
+        """Add values to the mean that is logged under `name`; summed over processes when the log is written."""
+        values = values.detach().float()
+        entry = torch.stack([values.sum(), torch.ones_like(values).sum()])
+        self._sums[name] = self._sums[name] + entry if name in self._sums else entry
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the means of the terms since the last log where these are training logs."""
+        if "loss" in logs and self._sums:
+            names = sorted(self._sums)
+            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
+            logs.update({name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True)})
+            self._sums = {}
+        super().log(logs, start_time)
+
+    # Data.
+
+    def _get_train_sampler(self, train_dataset: PairedStreams | None = None) -> DrawSampler:
+        return DrawSampler(len(train_dataset if train_dataset is not None else self.train_dataset))
+
+    def evaluate(
+        self,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Mean NLL per token of the evaluation rows, `<prefix>_loss`; for a dict of sets, `<prefix>_<name>_loss` each."""
+        eval_dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if eval_dataset is None:
+            raise ValueError(f"{type(self).__name__}: evaluate() needs an eval_dataset.")
+        if isinstance(eval_dataset, dict):
+            parts = {f"{metric_key_prefix}_{name}": rows for name, rows in eval_dataset.items()}
+            return {k: v for prefix, rows in parts.items() for k, v in self.evaluate(rows, None, prefix).items()}
+        metrics = {f"{metric_key_prefix}_loss": self._mean_nll(eval_dataset)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _mean_nll(self, rows: Rows) -> float:
+        batches = modality_batches(rows, self.args.per_device_eval_batch_size)
+        total = torch.zeros(2, device=self.args.device)
+        with evaluating(self.model):
+            for numbers in batches[self.args.process_index :: self.args.world_size]:
+                batch = self._prepare_inputs(self.collator([{**rows[i], "index": i} for i in numbers]))
+                output = forward_completions(self.model, batch)
+                total += torch.stack([nll_loss(output.token_logps, output.mask).sum(), total.new_tensor(len(numbers))])
+        total = self.accelerator.reduce(total, "sum")
+        return (total[0] / total[1]).item()
+
+    def _check_datasets(self, args: UnlearnConfig, datasets: dict[str, Rows]) -> None:
+        """Say which sets are missing and which would not be used, all at once."""
+        needed = self.streams(args)
+        faults = [f"needs a {name}_dataset" for name in needed if name not in datasets]
+        faults += [f"does not use a {name}_dataset" for name in datasets if name not in needed]
+        if faults:
+            raise ValueError(
+                f"{type(self).__name__} {' and '.join(faults)}; with these settings it takes: "
+                f"{', '.join(f'{name}_dataset' for name in needed)}."
+            )
+
+    # Model and reference.
+
+    def _prepare_model(self, model: nn.Module, args: UnlearnConfig, peft_config: PeftConfig | None) -> nn.Module:
+        if isinstance(model, PeftModel):
+            if peft_config is not None:
+                raise ValueError("The model has an adapter already; give either that or a `peft_config`, not both.")
+            return model
+        if peft_config is None:
+            freeze_groups(model, args.trainable_groups)
+            return model
+        if not getattr(peft_config, "target_modules", None):
+            peft_config.target_modules = lora_targets(model, args.trainable_groups or ["language_model"])
+        if getattr(model, "is_quantized", False):
+            model = prepare_model_for_kbit_training(
+                model,
+                use_gradient_checkpointing=args.gradient_checkpointing,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            )
+        elif args.gradient_checkpointing:
+            model.enable_input_require_grads()  # or checkpointed blocks before the first adapter would pass no gradient
+        return get_peft_model(model, peft_config)
+
+    @property
+    def has_reference_model(self) -> bool:
+        """Whether the reference is another model than the policy before unlearning."""
+        return self._reference_model is not None or self.args.reference_model_name_or_path is not None
+
+    @property
+    def reference_mode(self) -> str:
+        """`adapter`, `precomputed` or `model`: what `args.reference` comes to for this model and method."""
+        if self.args.reference != "auto":
+            return self.args.reference
+        if isinstance(self.model, PeftModel) and not self.has_reference_model:
+            return "adapter"
+        return "model" if "logits" in self.references(self.args).values() else "precomputed"
+
+    def _check_reference(self) -> None:
+        other = self.has_reference_model
+        needs = self.references(self.args)
+        if not needs:
+            if other:
+                raise ValueError(f"{type(self).__name__} with these settings uses no reference policy; one was given.")
+            return
+        if self.reference_mode == "adapter" and (other or not isinstance(self.model, PeftModel)):
+            raise ValueError(
+                "reference='adapter' switches the model's own PEFT adapter off: it needs a `peft_config` (or use_peft) "
+                "and no other reference model. Use 'precomputed' or 'model'."
+            )
+        if self.reference_mode == "precomputed" and "logits" in needs.values():
+            raise ValueError(
+                "reference='precomputed' keeps one number per row, but a KL needs the reference's whole distribution. "
+                "Use 'adapter' (with LoRA) or 'model'."
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, after the reference policy has been made from the model as it is before any checkpoint is loaded."""
+        if self.references(self.args) and self.reference is None:
+            self.reference = self._make_reference()
+        return super().train(*args, **kwargs)
+
+    def _make_reference(self) -> AdapterReference | ModelReference | PrecomputedReference:
+        mode = self.reference_mode
+        if mode == "adapter":
+            return AdapterReference()
+        other = self._reference_model or self.args.reference_model_name_or_path
+        if isinstance(other, str):
+            other = load_model(other, dtype=self.model.dtype)
+        if mode == "model":
+            return ModelReference(other) if other is not None else ModelReference.of(self.model)
+        model = other if other is not None else self.model
+        model.to(self.args.device)
+        builder = ReferenceBuilder(
+            model,
+            self.collator,
+            self.accelerator,
+            self.args.per_device_eval_batch_size,
+            self.args.reference_cache_dir,
+        )
+        return PrecomputedReference(
+            {name: builder.table(name, self.train_dataset.streams[name].rows) for name in self.references(self.args)}
+        )

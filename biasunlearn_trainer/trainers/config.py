@@ -1,0 +1,156 @@
+"""What all methods can be told: the fields that `UnlearnConfig` adds to `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import TrainingArguments
+
+from biasunlearn_trainer.reference import MODES
+
+REDUCTIONS = ("sequence_mean", "token_mean")
+RETAIN_LOSSES = ("nll", "kl", "none")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the nearest valid value, unless `value` is one of the choices."""
+    if value not in choices:
+        near = get_close_matches(str(value), choices, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def check_positive(name: str, value: float, default: float) -> None:
+    """Raise a ValueError unless `value` is positive."""
+    if not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}. Use {default}, the paper's value.")
+
+
+@dataclass
+class UnlearnConfig(TrainingArguments):
+    """Settings that all unlearning trainers share.
+
+    Every default that differs from `transformers.TrainingArguments` says why in its help.
+    """
+
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest row in tokens; None keeps rows whole. Image tokens are never cut."},
+    )
+    append_eos: bool = field(
+        default=True,
+        metadata={"help": "End plain-text completions with EOS, as TRL does. Chat rows end as their template says."},
+    )
+    reduction: str = field(
+        default="sequence_mean",
+        metadata={
+            "help": "How losses that average over tokens do so: `sequence_mean` (mean over a sequence's tokens, then over "
+            "sequences; MMUnlearner eq. 13-14) or `token_mean` (over all tokens of the accumulated global batch).",
+            "choices": list(REDUCTIONS),
+        },
+    )
+    trainable_groups: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Full fine-tuning: the module groups to train (language_model, connector, vision_tower); None trains "
+            "all. With an adapter, the groups that get one; None means language_model.",
+        },
+    )
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the reference policy comes from: `adapter` (PEFT adapter switched off), `precomputed` (one number "
+            "per row, computed once, kept on disk), `model` (a second model), or `auto` (adapter if there is one, else "
+            "precomputed; a second model only where a KL needs whole distributions).",
+            "choices": list(MODES),
+        },
+    )
+    reference_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Another model as the reference. None: the model as it was before unlearning."},
+    )
+    reference_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where precomputed references are kept. None: `references` in the library's cache folder."},
+    )
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Columns are read by name by the collator; rows must reach it whole."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Transformers' default hides NaN and infinite losses in the log; in unlearning they must show."
+        },
+    )
+
+    def __post_init__(self):
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        check_choice("reference", self.reference, MODES)
+        if self.gradient_checkpointing:
+            # Reentrant checkpointing with two forward passes before one backward is silently wrong on one process and
+            # raises under DDP and ZeRO-2.
+            self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        super().__post_init__()
+        self.remove_unused_columns = False
+
+
+@dataclass
+class RetainConfig(UnlearnConfig):
+    """Settings of the methods that can hold on to a retain set."""
+
+    forget_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the forget loss (Liu 2022; MMUnlearner eq. 2: 1)."}
+    )
+    retain_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the retain loss, alpha in NPO (Zhang 2024: 1)."}
+    )
+
+
+@dataclass
+class KLConfig(RetainConfig):
+    """Settings of the methods that can keep the model near the reference by a Kullback-Leibler divergence."""
+
+    kl_direction: str = field(
+        default="forward",
+        metadata={
+            "help": "`forward`: KL(reference || policy), the usual one; `reverse`: KL(policy || reference).",
+            "choices": ["forward", "reverse"],
+        },
+    )
+    kl_positions: str = field(
+        default="completion",
+        metadata={
+            "help": "Where the KL is taken: on `completion` tokens, or on `all_text`; never on padding or image positions.",
+            "choices": ["completion", "all_text"],
+        },
+    )
+
+    def __post_init__(self):
+        check_choice("kl_direction", self.kl_direction, ("forward", "reverse"))
+        check_choice("kl_positions", self.kl_positions, ("completion", "all_text"))
+        super().__post_init__()
+
+
+@dataclass
+class RetainChoiceConfig(KLConfig):
+    """Settings of the methods that leave the choice of the retain loss to you."""
+
+    retain_loss: str = field(
+        default="nll",
+        metadata={
+            "help": "What keeps the retain set: `nll`, `kl` (to the reference) or `none`.",
+            "choices": [*RETAIN_LOSSES],
+        },
+    )
+
+    def __post_init__(self):
+        check_choice("retain_loss", self.retain_loss, RETAIN_LOSSES)
+        if self.retain_loss != "kl" and (self.kl_direction, self.kl_positions) != ("forward", "completion"):
+            raise ValueError(
+                f"`kl_direction` and `kl_positions` have no effect with retain_loss={self.retain_loss!r}. "
+                "Set retain_loss to 'kl', or leave them out."
+            )
+        super().__post_init__()
