@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from biasunlearn_trainer import losses
+from biasunlearn_trainer.trainers.registry import METHODS, get_method
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs" / "methods").glob("*.md"))
@@ -39,3 +40,20 @@ def test_the_table_of_papers_names_what_exists():
 def test_every_page_is_in_the_table_of_papers():
     text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
     assert {page.stem for page in PAGES} == set(re.findall(r"\]\(methods/(\w+)\.md\)", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_options_and_defaults_of_a_page_are_those_of_the_config(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    config = get_method(page.stem)[1](output_dir=str(tmp_path))
+    assert f"`{type(config).__name__}`" in text
+    table = text.split("| option | default |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", table, flags=re.MULTILINE)
+    assert rows
+    for names, defaults in rows:
+        for name, default in zip(names.split(", "), defaults.split(", "), strict=True):
+            assert str(getattr(config, name.strip("`"))).lower() == default.strip("`"), name
+
+
+def test_every_method_has_a_page():
+    assert {page.stem for page in PAGES} >= {module for module, _ in METHODS.values()}
