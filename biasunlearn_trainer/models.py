@@ -13,6 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -35,11 +37,13 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's configuration, without its weights.
+    """The model's configuration, without its weights; of an adapter's folder, that of its base.
 
     Raises:
         OSError: where the name is neither a folder, nor in the local cache, nor to be had from the Hub.
     """
+    if _is_adapter(name_or_path):
+        name_or_path = _base_of(name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as err:
@@ -59,7 +63,7 @@ def load_model(
     quantization_config: object | None = None,
     trust_remote_code: bool = False,
     device_map: object | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel | PeftModel:
     """Load a causal or an image-text model, whichever its configuration says, from safetensors only.
 
     Args:
@@ -81,20 +85,26 @@ def load_model(
         "quantization_config": quantization_config,
         "trust_remote_code": trust_remote_code,
         "device_map": device_map,
-        "use_safetensors": True,
     }
     options = {key: value for key, value in options.items() if value is not None}
-    if (Path(name_or_path) / ADAPTER_FILE).is_file():
-        return _load_with_adapter(name_or_path, options)
+    if _is_adapter(name_or_path):
+        return _put_on(load_model(_base_of(name_or_path), **options), name_or_path)
     config = load_config(name_or_path, revision, trust_remote_code)
-    return _auto_class(config).from_pretrained(name_or_path, **options)
+    return _auto_class(config).from_pretrained(name_or_path, use_safetensors=True, **options)
 
 
-def _load_with_adapter(path: str, options: dict) -> PreTrainedModel:
-    from peft import PeftConfig, PeftModel
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / ADAPTER_FILE).is_file()
 
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    return PeftModel.from_pretrained(load_model(base, **options), path)
+
+def _base_of(adapter_path: str) -> str:
+    return PeftConfig.from_pretrained(adapter_path).base_model_name_or_path
+
+
+def _put_on(base: PreTrainedModel, adapter_path: str) -> PeftModel:
+    if not (Path(adapter_path) / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise OSError(f"{adapter_path} holds no {SAFETENSORS_WEIGHTS_NAME}; adapters are read from safetensors only.")
+    return PeftModel.from_pretrained(base, adapter_path)
 
 
 def _auto_class(config: PreTrainedConfig) -> type:
@@ -112,6 +122,9 @@ def load_processor(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = load_config(name_or_path, **options)
     loader = AutoProcessor if _auto_class(config) is AutoModelForImageTextToText else AutoTokenizer
+    saved_with_it = any((Path(name_or_path) / name).is_file() for name in ("tokenizer_config.json", "processor_config.json"))
+    if _is_adapter(name_or_path) and not saved_with_it:
+        name_or_path = _base_of(name_or_path)
     processing_class = loader.from_pretrained(name_or_path, **options)
     tokenizer = tokenizer_of(processing_class)
     if tokenizer.pad_token_id is None:
@@ -210,7 +223,7 @@ def _outermost(name: str, known: Sequence[str]) -> str:
 
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model under a PEFT adapter, or the model itself."""
-    return model.getbase_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def group_of(name: str, groups: dict[str, list[str]]) -> str:

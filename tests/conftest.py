@@ -121,16 +121,26 @@ def tiny_llava(tmp_path_factory) -> Path:
     return folder
 
 
-def text_rows(num: int, tag: str = "") -> list[dict]:
-    """Plain text rows with completions of different lengths."""
+def _text_rows(num: int, tag: str = "") -> list[dict]:
     return [{"prompt": f"Who was {tag}{i}?", "completion": " The " + "tall " * (i % 3) + "one."} for i in range(num)]
 
 
-def image_rows(num: int, tag: str = "") -> list[dict]:
-    """The same rows, each with a picture of its own colour."""
+@pytest.fixture(scope="session")
+def text_rows():
+    """`text_rows(n, tag)`: plain text rows with completions of different lengths."""
+    return _text_rows
+
+
+@pytest.fixture(scope="session")
+def image_rows():
+    """`image_rows(n, tag)`: the same rows, each with a picture of its own colour."""
     from PIL import Image
 
-    return [
-        {**row, "images": [Image.new("RGB", (40, 36), (40 * i % 256, 255 - 25 * i % 256, 90))]}
-        for i, row in enumerate(text_rows(num, tag))
-    ]
+    def rows(num: int, tag: str = "") -> list[dict]:
+        colours = [(40 * i % 256, (255 - 25 * i) % 256, 90) for i in range(num)]
+        return [
+            {**row, "images": [Image.new("RGB", (40, 36), colour)]}
+            for row, colour in zip(_text_rows(num, tag), colours, strict=True)
+        ]
+
+    return rows

@@ -14,6 +14,7 @@ METHODS = {
     "npo": ("npo", "NPOTrainer"),
     "simnpo": ("simnpo", "SimNPOTrainer"),
     "dpo": ("dpo", "UnlearnDPOTrainer"),
+    "idk_dpo": ("dpo", "UnlearnDPOTrainer"),  # the name in Maini 2024
 }
 
 

@@ -1,0 +1,125 @@
+"""Pairing is a pure function of seed, epoch and position."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from biasunlearn_trainer.streams import DrawSampler, PairedStreams, align, has_images, modality_batches, order
+from datasets import Dataset, Features, Image, List, Value
+from torch.utils.data import DataLoader
+
+
+def rows(num, pictured=False):
+    return [{"prompt": str(i), "completion": "x", **({"images": ["a.png"]} if pictured else {})} for i in range(num)]
+
+
+def draws(streams, epochs):
+    return [streams.indices(draw) for draw in range(epochs * len(streams))]
+
+
+def test_an_epoch_takes_every_forget_row_once_in_a_new_order():
+    streams = PairedStreams({"forget": rows(10)}, seed=1, rows_per_step=4)
+    first, second = ([streams.indices(draw)["forget"] for draw in range(e * 10, e * 10 + 10)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_retain_rows_come_without_replacement_whatever_the_lengths():
+    streams = PairedStreams({"forget": rows(8), "retain": rows(3)}, seed=1, rows_per_step=4)
+    seen = Counter(d["retain"] for d in draws(streams, 3))
+    assert max(seen.values()) - min(seen.values()) <= 1
+    longer = PairedStreams({"forget": rows(8), "retain": rows(20)}, seed=1, rows_per_step=4)
+    assert len({d["retain"] for d in draws(longer, 2)}) == 16
+
+
+def test_two_seeds_differ_and_one_repeats():
+    make = lambda seed: draws(PairedStreams({"forget": rows(12), "retain": rows(9)}, seed, 4), 2)  # noqa: E731
+    assert make(0) == make(0)
+    assert make(0) != make(1)
+
+
+def test_streams_of_equal_length_are_not_in_lockstep():
+    pairs = draws(PairedStreams({"forget": rows(30), "retain": rows(30)}, 0, 4), 1)
+    assert sum(d["forget"] == d["retain"] for d in pairs) < 10
+
+
+@pytest.mark.parametrize("num_forget", [8, 10])
+def test_a_step_is_of_one_modality_in_proportion_to_the_rows(num_forget):
+    retain = rows(30) + rows(10, pictured=True)
+    streams = PairedStreams({"forget": rows(num_forget), "retain": retain}, seed=3, rows_per_step=4)
+    pictured = []
+    for epoch in range(40):
+        for start in range(0, num_forget, 4):
+            step = range(epoch * num_forget + start, epoch * num_forget + min(start + 4, num_forget))
+            kinds = {streams.indices(draw)["retain"] >= 30 for draw in step}
+            assert len(kinds) == 1
+            pictured.append(kinds.pop())
+    assert np.mean(pictured) == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_mixed_forget_set_fills_its_blocks_and_misses_no_row():
+    streams = PairedStreams({"forget": rows(5) + rows(6, pictured=True)}, seed=0, rows_per_step=4)
+    numbers = [streams.indices(draw)["forget"] for draw in range(len(streams))]
+    assert len(streams) == 16 and set(numbers) == set(range(11))
+    for start in range(0, 16, 4):
+        assert len({number >= 5 for number in numbers[start : start + 4]}) == 1
+
+
+def test_processes_share_whole_batches():
+    assert len(PairedStreams({"forget": rows(10)}, 0, 8, multiple_of=4)) == 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_that_live_through_epochs_give_the_same_pairs(workers):
+    streams = PairedStreams({"forget": rows(6), "retain": rows(4)}, seed=5, rows_per_step=2)
+    sampler = DrawSampler(len(streams))
+    loader = DataLoader(
+        streams, 2, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, collate_fn=list
+    )
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        got = [{name: row["index"] for name, row in draw.items()} for batch in loader for draw in batch]
+        assert got == [streams.indices(draw) for draw in range(epoch * 6, epoch * 6 + 6)]
+
+
+def test_streams_pickle():
+    streams = PairedStreams({"forget": rows(5)}, 0, 2)
+    assert draws(pickle.loads(pickle.dumps(streams)), 2) == draws(streams, 2)
+
+
+def test_order_depends_on_every_part_of_its_key():
+    orders = {tuple(order(20, *key)) for key in [(0, "forget", 0), (1, "forget", 0), (0, "retain", 0), (0, "forget", 1)]}
+    assert len(orders) == 4
+
+
+def test_images_are_found_without_decoding_them():
+    features = Features(prompt=Value("string"), images=List(Image()))
+    unreadable = {"bytes": b"no picture", "path": None}
+    data = Dataset.from_dict(
+        {"prompt": ["a", "b", "c"], "images": [[unreadable], [], None]},
+        features=features,
+    )
+    assert has_images(data).tolist() == [True, False, False]
+    assert has_images(data.select([2, 0])).tolist() == [False, True]
+    assert modality_batches(data, 2) == [[0], [1, 2]]
+
+
+def test_align_by_pair_id_or_position():
+    forget = [{"pair_id": key} for key in "abc"]
+    preferred = [{"pair_id": key, "answer": key.upper()} for key in "cabd"]
+    assert [row["answer"] for row in align(forget, preferred, "preferred")] == ["A", "B", "C"]
+    assert align(rows(2), rows(2), "preferred") == rows(2)
+    with pytest.raises(ValueError, match=r"3 rows for 2 forget rows"):
+        align(rows(2), rows(3), "preferred")
+    with pytest.raises(ValueError, match=r"1 forget rows have no preferred row.*'c'"):
+        align(forget, preferred[1:], "preferred")
+    with pytest.raises(ValueError, match="twice"):
+        align(forget, [*preferred, preferred[0]], "preferred")
+
+
+def test_what_cannot_be_paired_is_refused():
+    with pytest.raises(ValueError, match="retain set has no rows"):
+        PairedStreams({"forget": rows(2), "retain": []}, 0, 2)
+    with pytest.raises(TypeError, match="no length"):
+        PairedStreams({"forget": Dataset.from_list(rows(2)).to_iterable_dataset()}, 0, 2)
