@@ -1,13 +1,14 @@
 """Rows that stand in two sets at once: trained to be forgotten and kept, or trained on and then reported."""
 
-import functools
 import hashlib
+import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import PIL.Image
 from datasets import Dataset
 
 from biasunlearn_trainer.data_builders.images import content_digest, image_bytes, image_key, undecoded
@@ -57,38 +58,66 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _row_keys(row: dict, both_answers: bool, digest: Any) -> list[bytes]:
+def _text_keys(row: dict, both_answers: bool) -> list[bytes]:
     answers = [row["completion"], row.get("rejected")] if both_answers else [row["completion"]]
-    pictures = [digest(image) for image in row.get("images") or []]
-    keys = []
-    for answer in answers:
-        if answer is not None:
-            texts = json.dumps([_text(row["prompt"]), _text(answer)]).encode()
-            keys.append(hashlib.blake2b(b"\0".join([texts, *pictures]), digest_size=16).digest())
-    return keys
+    texts = [json.dumps([_text(row["prompt"]), _text(answer)]) for answer in answers if answer is not None]
+    return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
 
 
-def _index(dataset: Dataset | Sequence[dict], both_answers: bool, digest: Any) -> dict[bytes, list[int]]:
-    """Maps a row's digest to the rows that have it: 16 bytes a row are kept, whatever its length."""
+def _rows_by_text(dataset: Dataset | Sequence[dict], both_answers: bool) -> dict[bytes, list[int]]:
+    """Maps a digest of prompt and answer to the rows that have it; pictures are not read."""
+    if isinstance(dataset, Dataset) and "images" in dataset.column_names:
+        dataset = dataset.remove_columns("images")
     index: dict[bytes, list[int]] = {}
     for number, row in enumerate(undecoded(dataset)):
-        for key in _row_keys(row, both_answers, digest):
+        for key in _text_keys(row, both_answers):
             index.setdefault(key, []).append(number)
     return index
 
 
-def _picture_digest():
-    """Returns a function from a stored picture to the digest of its content; a file is read once."""
+def _rows_by_content(
+    dataset: Dataset | Sequence[dict], by_text: dict[bytes, list[int]], shared: set[bytes], digest: Callable
+) -> dict[tuple, list[int]]:
+    """The same for texts, pictures and all; only rows whose text is in `shared` have their pictures read."""
+    rows = sorted({row for key in shared for row in by_text[key]})
+    pictures = {
+        number: tuple(digest(image) for image in _images(row))
+        for number, row in zip(rows, _rows_at(dataset, rows), strict=True)
+    }
+    index: dict[tuple, list[int]] = {}
+    for key in shared:
+        for row in by_text[key]:
+            index.setdefault((key, *pictures[row]), []).append(row)
+    return index
 
-    @functools.cache
-    def of_path(path: str) -> bytes:
-        return content_digest(image_bytes(path))
+
+def _picture_digest(sets: Iterable[Dataset | Sequence[dict]]) -> Callable[[Any], bytes]:
+    """How a picture's identity is taken: by its encoded bytes; by its pixels where a set holds decoded pictures."""
+    plain = [rows for rows in sets if not isinstance(rows, Dataset)]
+    by_pixels = any(isinstance(image, PIL.Image.Image) for rows in plain for row in rows for image in _images(row))
+    identity = _pixels if by_pixels else image_bytes
+    cached = {}
 
     def digest(image: Any) -> bytes:
+        # A decoded picture has no name to remember it by.
+        if isinstance(image, PIL.Image.Image):
+            return content_digest(identity(image))
         key = image_key(image)
-        return of_path(key) if isinstance(key, str) else content_digest(image_bytes(image))
+        if key not in cached:
+            cached[key] = content_digest(identity(image))
+        return cached[key]
 
     return digest
+
+
+def _images(row: dict) -> list:
+    return row.get("images") or []
+
+
+def _pixels(image: Any) -> bytes:
+    if not isinstance(image, PIL.Image.Image):
+        image = PIL.Image.open(io.BytesIO(image_bytes(image)))
+    return repr(image.size).encode() + image.convert("RGBA").tobytes()
 
 
 def find_leakage(
@@ -96,8 +125,9 @@ def find_leakage(
 ) -> list[Leak]:
     """Names the rows that two sets share.
 
-    Two rows are the same if prompt, completion (up to white space) and the bytes of all pictures are; the same question
-    about two pictures is no leak, and a picture that was encoded anew counts as another one. In the sets named "report"
+    Two rows are the same if prompt, completion (up to white space) and all pictures are; the same question about two
+    pictures is no leak. A picture is the same if its encoded bytes are (one that was encoded anew counts as another), or,
+    where one of the sets is a list of rows with decoded pictures, if its pixels are. In the sets named "report"
     and "probe" a row's `rejected` answer counts like its completion: a forget row holds a question's biased answer.
 
     Args:
@@ -113,18 +143,20 @@ def find_leakage(
     wanted = [pair for pair in pairs if pair[0] in sets and pair[1] in sets]
     if not wanted:
         raise ValueError(f"no pair of {list(pairs)} is among the sets {list(sets)}; nothing to compare")
-    digest = _picture_digest()
     names = dict.fromkeys(name for pair in wanted for name in pair)
-    indexes = {name: _index(sets[name], name in EVALUATION_SETS, digest) for name in names}
+    digest = _picture_digest([sets[name] for name in names])
+    texts = {name: _rows_by_text(sets[name], name in EVALUATION_SETS) for name in names}
     leaks = []
     for first, second in wanted:
-        shared = indexes[first].keys() & indexes[second].keys()
-        first_row_of = {row: indexes[first][key][0] for key in shared for row in indexes[second][key]}
-        matches = sorted((row, first_row) for row, first_row in first_row_of.items())
+        shared = texts[first].keys() & texts[second].keys()
+        in_first = _rows_by_content(sets[first], texts[first], shared, digest)
+        in_second = _rows_by_content(sets[second], texts[second], shared, digest)
+        first_row_of = {row: in_first[key][0] for key in in_first.keys() & in_second.keys() for row in in_second[key]}
+        matches = sorted(first_row_of.items())
         shown = _rows_at(sets[first], [first_row for _, first_row in matches])
         for (second_row, first_row), row in zip(matches, shown, strict=True):
-            texts = _text(row["prompt"]), _text(row["completion"])
-            leaks.append(Leak(first, first_row, second, second_row, *texts, len(row.get("images") or [])))
+            prompt, answer = _text(row["prompt"]), _text(row["completion"])
+            leaks.append(Leak(first, first_row, second, second_row, prompt, answer, len(_images(row))))
     return leaks
 
 

@@ -38,6 +38,19 @@ def test_pictures_are_compared_by_content(tmp_path):
     assert [(leak.second, leak.second_row) for leak in find_leakage(sets)] == [("retain", 0), ("report", 0)]
 
 
+def test_decoded_pictures_are_compared_by_their_pixels(tmp_path):
+    picture = PIL.Image.new("RGB", (4, 4), "red")
+    picture.save(tmp_path / "red.bmp")
+    forget = rows_to_dataset([row("q", " a", "red.bmp")], folder=tmp_path)
+    assert len(find_leakage({"forget": forget, "report": [row("q", " a", [picture])]})) == 1
+    assert find_leakage({"forget": forget, "report": [row("q", " a", [PIL.Image.new("RGB", (2, 8), "red")])]}) == []
+    # Stored pictures are compared as stored: another encoding is another picture.
+    picture.save(tmp_path / "red.png")
+    assert (
+        find_leakage({"forget": forget, "retain": rows_to_dataset([row("q", " a", "red.png")], folder=tmp_path)}) == []
+    )
+
+
 def test_picture_order_and_text_boundary_matter(tmp_path):
     red, blue = PIL.Image.new("RGB", (4, 4), "red"), PIL.Image.new("RGB", (4, 4), "blue")
     forget = rows_to_dataset([row("q", " a", [red, blue]), row("q a", " b", [red])])
@@ -82,8 +95,8 @@ def test_check_raises_or_warns_with_the_first_rows(caplog):
 def test_hundred_thousand_rows_take_seconds():
     texts = [str(number) for number in range(100_000)]
     forget = Dataset.from_dict({"prompt": texts, "completion": texts})
-    retain = Dataset.from_dict({"prompt": texts, "completion": ["x", *texts[1:]]})
+    retain = Dataset.from_dict({"prompt": texts, "completion": ["x"] * 99_999 + texts[-1:]})
     start = time.perf_counter()
-    assert len(find_leakage({"forget": forget, "retain": retain})) == 99_999
+    assert [leak.second_row for leak in find_leakage({"forget": forget, "retain": retain})] == [99_999]
     # 2 s on an idle core; the bound only tells hashing from comparing every pair of rows.
     assert time.perf_counter() - start < 60
