@@ -1,0 +1,193 @@
+"""Scores and answers of a model: the only file of the evaluation that touches one.
+
+Batches are formed over all rows, longest first, and dealt whole to the processes: batch i goes to rank i mod world.
+Each batch is therefore the same for any number of processes, and so are the scores in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel, gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+from biasunlearn_trainer.collators import CompletionCollator
+from biasunlearn_trainer.completions import forward_completions
+from biasunlearn_trainer.models import tokenizer_of
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CompletionScore:
+    """What a model makes of one completion.
+
+    Attributes:
+        logp: log pi(y | x) in nats, the sum over the completion's tokens.
+        num_tokens: number of those tokens, EOS included where it was appended.
+        is_greedy: whether every token is the model's first choice: greedy decoding would give this completion.
+        predicted: ids of the model's first choices along the completion, one per token.
+    """
+
+    logp: float
+    num_tokens: int
+    is_greedy: bool
+    predicted: tuple[int, ...]
+
+    @property
+    def mean_log2(self) -> float:
+        """Mean over tokens of log2 p, in bits: StereoSet's sentence score."""
+        return self.logp / self.num_tokens / math.log(2)
+
+
+class Scorer:
+    """Scores completions and generates answers, in evaluation mode and without gradients.
+
+    Args:
+        model: a causal or image-text model, also wrapped for data parallelism, on the device where it is to run.
+        processing_class: its tokenizer, or its processor where rows carry images.
+        batch_size: rows of one forward pass.
+        append_eos: score an EOS at the end of plain-text completions, unless a call says otherwise.
+
+    With several processes every process must make the same calls with the same rows; all get all results.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        batch_size: int = 64,
+        append_eos: bool = True,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.model = extract_model_from_parallel(model)
+        self.processing_class = processing_class
+        self.tokenizer = tokenizer_of(processing_class)
+        self.batch_size = batch_size
+        self.append_eos = append_eos
+
+    def score(
+        self, rows: Sequence[Row], desc: str | None = None, append_eos: bool | None = None
+    ) -> list[CompletionScore]:
+        """Score the completion of every row.
+
+        Args:
+            rows: with `prompt`, `completion` and, where there are pictures, `images`.
+            desc: title of a progress bar on the main process; None shows none.
+            append_eos: overrides the scorer's own setting.
+
+        Returns:
+            One score per row, in the order of the rows.
+
+        Raises:
+            ValueError: where the model gives NaN or infinite log-probabilities, as one that diverged does.
+        """
+        append_eos = self.append_eos if append_eos is None else append_eos
+        collator = CompletionCollator(self.processing_class, append_eos=append_eos)
+        scores = self._over_batches(rows, lambda batch: self._score_batch(collator, batch), desc)
+        broken = [index for index, score in enumerate(scores) if not math.isfinite(score.logp)]
+        if broken:
+            raise ValueError(
+                f"The model gives no finite log-probability for {len(broken)} of {len(rows)} rows, the first of them "
+                f"row {broken[0]} ({rows[broken[0]]['completion']!r:.80}). Its weights have probably diverged: train "
+                "with a lower learning rate or for fewer steps."
+            )
+        return scores
+
+    def generate(self, rows: Sequence[Row], max_new_tokens: int = 16, desc: str | None = None) -> list[str]:
+        """Answer every row's prompt by greedy decoding.
+
+        Args:
+            rows: with `prompt` and, where there are pictures, `images`; a `completion` is not looked at.
+            max_new_tokens: longest answer in tokens.
+            desc: title of a progress bar on the main process; None shows none.
+
+        Returns:
+            The new text of every row, without special tokens, in the order of the rows.
+        """
+        collator = CompletionCollator(self.processing_class)
+        return self._over_batches(rows, lambda batch: self._generate_batch(collator, batch, max_new_tokens), desc)
+
+    @torch.no_grad()
+    def _over_batches(self, rows: Sequence[Row], work: Callable[[list[Row]], list], desc: str | None) -> list:
+        """Deal the batches, and give every process the results of all rows."""
+        state = PartialState()
+        done: list[tuple[int, Any]] = []
+        bar = tqdm(total=len(rows), desc=desc, leave=False, disable=desc is None or not state.is_main_process)
+        with _evaluation_mode(self.model), bar:
+            for batches in self._batches(rows):
+                for start in range(0, len(batches), state.num_processes):
+                    # With the last batches too few for all ranks, the others repeat one: under ZeRO-3 and FSDP every
+                    # forward pass needs every rank.
+                    mine = start + state.process_index
+                    batch = batches[min(mine, len(batches) - 1)]
+                    outputs = work([rows[index] for index in batch])
+                    if mine < len(batches):
+                        done += zip(batch, outputs, strict=True)
+                    bar.update(sum(map(len, batches[start : start + state.num_processes])))
+        results = dict(gather_object(done))
+        return [results[index] for index in range(len(rows))]
+
+    def _batches(self, rows: Sequence[Row]) -> Iterator[list[list[int]]]:
+        """Row numbers by batch, rows with pictures apart from those without; longest first: memory fails early."""
+        lengths, pictured = [], []
+        for row in rows:
+            lengths.append(len(str(row["prompt"])) + len(str(row.get("completion") or "")))
+            pictured.append(bool(row.get("images")))
+        for with_images in (True, False):
+            members = [index for index, has_images in enumerate(pictured) if has_images == with_images]
+            members.sort(key=lambda index: (-lengths[index], index))
+            yield [members[start : start + self.batch_size] for start in range(0, len(members), self.batch_size)]
+
+    def _score_batch(self, collator: CompletionCollator, rows: list[Row]) -> list[CompletionScore]:
+        output = forward_completions(self.model, self._on_device(collator(rows)))
+        predicted = output.logits.argmax(-1)
+        counts = output.mask.sum(1).tolist()
+        logps = output.token_logps.double().sum(1).tolist()
+        greedy = [bool(part.all()) for part in (predicted == output.targets).cpu().split(counts)]
+        choices = [tuple(part.tolist()) for part in predicted.cpu().split(counts)]
+        return [CompletionScore(*fields) for fields in zip(logps, counts, greedy, choices, strict=True)]
+
+    def _generate_batch(self, collator: CompletionCollator, rows: list[Row], max_new_tokens: int) -> list[str]:
+        empty = [{**row, "completion": "" if isinstance(row["prompt"], str) else []} for row in rows]
+        batch = self._on_device(collator.prompt_batch(empty))
+        width = batch["input_ids"].shape[1]
+        generated = self.model.generate(
+            **batch,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self._eos_token_ids(),
+        )
+        return self.tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+
+    def _eos_token_ids(self) -> list[int] | None:
+        """Where to stop: at the model's own ends of text, and at the EOS that completions are trained to end with."""
+        own = self.model.generation_config.eos_token_id
+        ids = {*(own if isinstance(own, list | tuple) else [own]), self.tokenizer.eos_token_id} - {None}
+        return sorted(ids) or None
+
+    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is back in its own, which need not be that of the whole model."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
