@@ -1,0 +1,122 @@
+"""The settings around the training: data, evaluation, probes, the collapse guard, the output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """What surrounds the training: data, evaluation, probes, the collapse guard and the output folder."""
+
+    method: str | None = dataclasses.field(
+        default=None, metadata={"help": "Unlearning method: ga, ga_diff, kl_min, npo, simnpo, dpo. Required."}
+    )
+    testbed: Literal["llava", "llama", "stereoset"] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Planted-bias world that gives the model, oracle, datasets and tasks that the recipe leaves out. "
+            "Default none: the recipe names its own."
+        },
+    )
+    forget_dataset: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "What to unlearn: a .jsonl, .json, .csv or .parquet file, a dataset folder, or a Hub id."},
+    )
+    retain_dataset: str | None = dataclasses.field(
+        default=None, metadata={"help": "What to keep, in the same forms as forget_dataset."}
+    )
+    preferred_dataset: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "The answers to prefer, row for row beside forget_dataset; for methods with a preference term."
+        },
+    )
+    tasks: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Evaluations before and after, each NAME[@LABEL][=PATH]. Default none, or the testbed's own."
+        },
+    )
+    eval_batch_size: int = dataclasses.field(
+        default=64,
+        metadata={"help": "Rows scored at once on each process; 64 tiny rows fit anywhere, lower it for 7B models."},
+    )
+    probes: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Tasks measured during training; a name without =PATH takes the path of the task of that name. "
+            "Default none."
+        },
+    )
+    probe_steps: int = dataclasses.field(
+        default=10, metadata={"help": "Optimizer steps between two probes; ten points on the curve of a 100-step run."}
+    )
+    probe_limit: int | None = dataclasses.field(
+        default=200,
+        metadata={
+            "help": "Items that a probe measures, drawn evenly over the kinds of a task; 200 take a second on a small "
+            "model. null measures all."
+        },
+    )
+    guard_min_retained: float | None = dataclasses.field(
+        default=0.9,
+        metadata={
+            "help": "The guard speaks when a retained accuracy falls below this share of its value at step 0 (0 to 1). "
+            "0.9 lets the sampling noise of small probes pass; null switches it off."
+        },
+    )
+    guard_max_loss: float | None = dataclasses.field(
+        default=50.0,
+        metadata={
+            "help": "The guard speaks when the size of the loss or of one of its parts exceeds this many nats. "
+            "A uniform guess among 32,000 tokens costs 10.4 and NPO starts at 13.9: 50 is past any healthy run; null "
+            "switches it off."
+        },
+    )
+    guard_action: Literal["warn", "stop"] = dataclasses.field(
+        default="warn",
+        metadata={"help": "What the guard does beside its message; a loss that is not a number always stops the run."},
+    )
+    oracle_model: str | None = dataclasses.field(
+        default=None, metadata={"help": "A model that never had the bias, evaluated beside the others. Default none."}
+    )
+    case_studies: int = dataclasses.field(
+        default=10,
+        metadata={"help": "Examples in the report with the answers before, after and of the oracle; 0 for none."},
+    )
+    trust_remote_code: bool = dataclasses.field(
+        default=False, metadata={"help": "Run modelling code that a model's repository brings. Off for safety."}
+    )
+    allow_leakage: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Warn instead of raising when a row is both in the forget set and in the retain set or a task."
+        },
+    )
+    overwrite_output_dir: bool = dataclasses.field(
+        default=False, metadata={"help": "Delete an earlier run's results in output_dir. Default: refuse to start."}
+    )
+    dry_run: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Check the recipe, the data and the model's config, print the plan, train nothing."},
+    )
+
+    def __post_init__(self):
+        bounds = {
+            "eval_batch_size": (1, None),
+            "probe_steps": (1, None),
+            "probe_limit": (1, None),
+            "case_studies": (0, None),
+            "guard_min_retained": (0, 1),
+            "guard_max_loss": (0, None),
+        }
+        faults = []
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and (value < low or (high is not None and value > high)):
+                limit = f"at least {low}" if high is None else f"between {low} and {high}"
+                faults.append(f"`{name}` must be {limit}, got {value}.")
+        if faults:
+            raise ValueError("\n".join(faults))
