@@ -1,0 +1,181 @@
+"""Callbacks that watch a run: probes measure tasks during training, the collapse guard judges them and the loss.
+
+A probe leaves no trace in the weights: train mode and every random state are put back, so that a run with probes ends
+bit-identical with the same run without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from biasunlearn_trainer.eval.scoring import Scorer
+
+logger = logging.getLogger(__name__)
+
+PROBE = "probe/"
+LOSS_PREFIXES = ("loss/", "kl/")
+RETAINED_METRICS = frozenset({"disambiguated", "perception", "facts", "lms"})
+"""Metrics of what a model should still be able to do; the guard watches these among a task's metrics."""
+
+
+class ProbeCallback(TrainerCallback):
+    """Measures tasks at step 0 and every so many optimizer steps, and logs them as `probe/TASK/METRIC`.
+
+    The records go through `trainer.log`: they stand in `trainer.state.log_history`, reach every tracker and survive a
+    resume.
+
+    Args:
+        trainer: the trainer whose model is measured and whose log is written.
+        tasks: what `biasunlearn_trainer.eval.tasks.load_task` returns; a `limit` there keeps probes short.
+        every: optimizer steps between two probes, at least 1.
+        batch_size: rows scored at once on each process.
+
+    Raises:
+        ValueError: `every` is below 1.
+    """
+
+    def __init__(self, trainer: Trainer, tasks: Sequence[Any], every: int = 10, batch_size: int = 64):
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1 step, got {every}. Use 10, or leave the probes out.")
+        self.trainer = trainer
+        self.tasks = list(tasks)
+        self.every = every
+        self.batch_size = batch_size
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Measures the model before its first step; a resumed run has that record already."""
+        if state.global_step == 0:
+            self.measure()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        """Measures every `every` steps, before a checkpoint of the same step is written."""
+        if state.global_step % self.every:
+            return
+        try:
+            self.measure()
+        except ValueError as err:
+            # The first probe passed, so it is the weights that cannot be measured any more.
+            logger.warning("step %d: the probe failed, training stops here. %s", state.global_step, err)
+            control.should_training_stop = True
+
+    def measure(self) -> dict[str, float]:
+        """Measures every task on the live model and logs the values.
+
+        Returns:
+            `probe/TASK/METRIC` -> value. Collective: every process has to call it.
+        """
+        model = self.trainer.model
+        values: dict[str, float] = {}
+        with undisturbed(model):
+            scorer = Scorer(model, self.trainer.processing_class, batch_size=self.batch_size)
+            for task in self.tasks:
+                result = task.summarise(task.run(scorer))
+                values |= {f"{PROBE}{task.name}/{name}": metric.value for name, metric in result.metrics.items()}
+        # Logging clears `should_log`, which is set already where this step's losses are to be logged too.
+        should_log = self.trainer.control.should_log
+        self.trainer.log(dict(values))
+        self.trainer.control.should_log = should_log
+        return values
+
+
+class CollapseGuard(TrainerCallback):
+    """Warns, or stops the run, when retained abilities or the loss leave their bounds.
+
+    Args:
+        min_retained: lowest accepted share (0 to 1) of a retained metric's first probe; None does not look.
+        max_loss: largest accepted size, in nats, of the loss and of each of its parts; None does not look.
+        action: `warn` or `stop`. A loss that is NaN or infinite stops the run in both cases.
+
+    Attributes:
+        messages: what was said so far, in order.
+    """
+
+    def __init__(self, min_retained: float | None = 0.9, max_loss: float | None = 50.0, action: str = "warn"):
+        if action not in ("warn", "stop"):
+            raise ValueError(f"`action` must be warn or stop, got {action!r}.")
+        self.min_retained = min_retained
+        self.max_loss = max_loss
+        self.action = action
+        self.messages: list[str] = []
+        self._outside: set[str] = set()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any], **kwargs
+    ) -> None:
+        """Judges every record of the log."""
+        for name, value in logs.items():
+            if name == "loss" or name.startswith(LOSS_PREFIXES) or name == "grad_norm":
+                self._judge_loss(name, float(value), state, control)
+            elif name.startswith(PROBE) and name.rpartition("/")[2] in RETAINED_METRICS:
+                self._judge_retained(name, float(value), state, control)
+
+    def _judge_loss(self, name: str, value: float, state: TrainerState, control: TrainerControl) -> None:
+        if not math.isfinite(value):
+            message = (
+                f"step {state.global_step}: {name} is {value}, the run stops. Lower learning_rate, or train in float32."
+            )
+            self._say(message, control, stop=True)
+        elif self.max_loss is not None and name != "grad_norm":
+            message = (
+                f"step {state.global_step}: {name} is {value:.4g}, past the bound of {self.max_loss:g} nats "
+                "(guard_max_loss): the loss runs away. Lower learning_rate, or use npo in place of ga."
+            )
+            self._judge(name, abs(value) > self.max_loss, message, control)
+
+    def _judge_retained(self, name: str, value: float, state: TrainerState, control: TrainerControl) -> None:
+        first = next((record[name] for record in state.log_history if name in record), value)
+        if self.min_retained is None:
+            return
+        message = (
+            f"step {state.global_step}: {name.removeprefix(PROBE)} fell to {value:.2f} from {first:.2f} at the first "
+            f"probe; the bound is {self.min_retained * first:.2f} (guard_min_retained {self.min_retained:g}). The "
+            "model loses what it should keep. Lower learning_rate, raise retain_weight, or stop earlier."
+        )
+        self._judge(name, value < self.min_retained * first, message, control)
+
+    def _judge(self, name: str, is_outside: bool, message: str, control: TrainerControl) -> None:
+        """Speaks once when a value leaves its bounds, and again only after it has been back inside."""
+        if is_outside and name not in self._outside:
+            self._say(message, control, stop=self.action == "stop")
+        (self._outside.add if is_outside else self._outside.discard)(name)
+
+    def _say(self, message: str, control: TrainerControl, stop: bool) -> None:
+        if stop:
+            control.should_training_stop = True
+            message += " Training stops here."
+        self.messages.append(message)
+        logger.warning(message)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluates inside, in eval mode and without gradients, and puts back each module's mode and every random state.
+
+    Args:
+        model: the model in training; modules may stand in different modes (a frozen tower in eval mode).
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
