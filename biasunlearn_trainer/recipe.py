@@ -74,6 +74,11 @@ class Recipe:
     specs: dict[str, FieldSpec]
 
     @property
+    def source(self) -> str:
+        """What messages call the recipe."""
+        return str(self.path or "the command line")
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """The sets of rows that the method takes with these settings."""
         return self.trainer_class.streams(self.training)
@@ -86,7 +91,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Writes the recipe so that it can be launched again: what was set, then every default as a comment."""
-        lines = [f"# Resolved from {self.path or 'the command line'}. What was set, with the default it replaces:"]
+        lines = [f"# Resolved from {self.source}. What was set, with the default it replaces:"]
         for key, value in self.given.items():
             lines.append(f"{key}: {_flow(value)}  # default: {_flow(self.specs[key].default)}")
         lines.append("\n# Left at its default:")

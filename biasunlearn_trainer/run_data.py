@@ -1,0 +1,180 @@
+"""From the names in a recipe to checked rows: the testbed's fill-ins, loading, leakage, fingerprints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import tqdm
+from datasets import Dataset
+
+from biasunlearn_trainer.collators import CompletionCollator
+from biasunlearn_trainer.data_builders.leakage import check_leakage
+from biasunlearn_trainer.data_builders.sources.plain import load_rows
+from biasunlearn_trainer.eval.tasks import load_task, parse_task_spec
+from biasunlearn_trainer.fingerprints import rows_fingerprint
+from biasunlearn_trainer.recipe import Recipe, RecipeError
+from biasunlearn_trainer.streams import modality_batches
+
+logger = logging.getLogger(__name__)
+
+STREAMS = ("forget", "retain", "preferred")
+CHECKED_AT_ONCE = 32
+# A testbed may probe on the rows it reports; no decision of training rests on them, so these two are not compared.
+LEAKING_PAIRS = (("forget", "retain"), ("forget", "report"), ("forget", "probe"))
+
+
+def resolve_testbed(recipe: Recipe) -> None:
+    """Builds the recipe's testbed where it is not cached, and fills in what the recipe leaves out.
+
+    Args:
+        recipe: changed in place: model, oracle, the datasets of the method's streams, and tasks.
+    """
+    if recipe.run.testbed is None:
+        return
+    from biasunlearn_trainer.testbed import build
+
+    # One process builds, the others wait and find the cache.
+    with PartialState().main_process_first():
+        world = build(recipe.run.testbed)
+    recipe.fill("model_name_or_path", str(world.model_path))
+    recipe.fill("oracle_model", str(world.oracle_path) if world.oracle_path else None)
+    for stream in recipe.streams:
+        if stream in world.datasets:
+            recipe.fill(f"{stream}_dataset", str(world.datasets[stream]))
+    recipe.fill("tasks", list(world.tasks))
+
+
+def load_streams(recipe: Recipe) -> dict[str, Dataset]:
+    """Loads and checks the rows of every stream that the recipe names.
+
+    Args:
+        recipe: with its testbed resolved.
+
+    Returns:
+        Rows by stream.
+
+    Raises:
+        RecipeError: listing the faults of all sets, with file and row.
+    """
+    sets: dict[str, Dataset] = {}
+    faults = []
+    for stream in STREAMS:
+        source = getattr(recipe.run, f"{stream}_dataset")
+        if source is None:
+            continue
+        if stream not in recipe.streams:
+            logger.warning("%s does not use %s_dataset; it is left out.", recipe.run.method, stream)
+            continue
+        try:
+            with PartialState().main_process_first():
+                sets[stream] = load_rows(source)
+        except (ValueError, OSError) as err:
+            faults.append(f"{stream}_dataset: {err}")
+    if faults:
+        raise RecipeError(faults, recipe.source)
+    return sets
+
+
+def load_tasks(recipe: Recipe) -> tuple[list[Any], list[Any]]:
+    """Loads the tasks and the probes of a recipe.
+
+    Args:
+        recipe: with its testbed resolved.
+
+    Returns:
+        Tasks measured before and after, and tasks measured in training; a probe without a path is the task of its name.
+
+    Raises:
+        RecipeError: listing the specs that name no task or no data.
+    """
+    faults: list[str] = []
+    named = {}
+    for spec in recipe.run.tasks or []:
+        with _gathering(faults, f"tasks: {spec}"):
+            named[parse_task_spec(spec).key] = spec
+    tasks = []
+    for spec in named.values():
+        with _gathering(faults, f"tasks: {spec}"):
+            tasks.append(load_task(spec))
+    probes = []
+    for spec in recipe.run.probes or []:
+        with _gathering(faults, f"probes: {spec}"):
+            probes.append(load_task(named.get(spec, spec), limit=recipe.run.probe_limit))
+    if faults:
+        raise RecipeError(faults, recipe.source)
+    return tasks, probes
+
+
+@contextmanager
+def _gathering(faults: list[str], what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as err:
+        faults.append(f"{what}: {err.args[0] if isinstance(err, KeyError) else err}")
+
+
+def check_leaks(recipe: Recipe, sets: Mapping[str, Dataset], tasks: Sequence[Any], probes: Sequence[Any]) -> None:
+    """Compares the sets that must not share rows.
+
+    Args:
+        recipe: `allow_leakage` turns the error into a warning.
+        sets: rows by stream.
+        tasks: whose rows are reported.
+        probes: whose rows are measured in training.
+
+    Raises:
+        RecipeError: naming the shared rows.
+    """
+    named = {**sets, "report": _rows(tasks), "probe": _rows(probes)}
+    named = {name: rows for name, rows in named.items() if len(rows)}
+    pairs = [pair for pair in LEAKING_PAIRS if pair[0] in named and pair[1] in named]
+    if not pairs:
+        return
+    try:
+        check_leakage(named, on_leak="warn" if recipe.run.allow_leakage else "raise", pairs=pairs)
+    except ValueError as err:
+        raise RecipeError([f"{err}\nSet allow_leakage: true to train all the same."], "the data") from err
+
+
+def check_collation(recipe: Recipe, sets: Mapping[str, Dataset], processing_class: Any) -> None:
+    """Turns every row into tensors once, so that no row stops a run that has trained for hours.
+
+    Args:
+        recipe: with its testbed resolved.
+        sets: rows by stream.
+        processing_class: the model's tokenizer or processor.
+
+    Raises:
+        RecipeError: naming, for each set, the first row that does not do.
+    """
+    state, args, faults = PartialState(), recipe.training, []
+    collator = CompletionCollator(processing_class, args.max_length, args.append_eos)
+    for stream, rows in sets.items():
+        batches = modality_batches(rows, CHECKED_AT_ONCE)[state.process_index :: state.num_processes]
+        try:
+            for numbers in tqdm(batches, desc=f"Checking the {stream} set", leave=False):
+                collator([{**rows[i], "index": i} for i in numbers])
+        except ValueError as err:
+            faults.append(f"{stream}_dataset: {err}")
+    if faults:
+        raise RecipeError(faults, recipe.source)
+
+
+def _rows(tasks: Sequence[Any]) -> list[dict]:
+    return [row for task in tasks for row in task.rows]
+
+
+def describe_data(recipe: Recipe, sets: Mapping[str, Dataset]) -> dict[str, dict[str, Any]]:
+    """What `environment.json` records of the data: source, rows and fingerprint of each stream."""
+    return {
+        stream: {
+            "source": getattr(recipe.run, f"{stream}_dataset"),
+            "rows": len(rows),
+            "fingerprint": rows_fingerprint(rows),
+        }
+        for stream, rows in sets.items()
+    }

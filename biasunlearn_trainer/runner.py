@@ -1,0 +1,268 @@
+"""From a recipe to a result: evaluate, unlearn, evaluate again, report.
+
+    from biasunlearn_trainer.recipe import parse_recipe
+    from biasunlearn_trainer.runner import run
+    results = run(parse_recipe(["recipes/demo.yaml", "--output_dir", "out"]))
+
+Every process runs the same lines; only the main one prints and writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments, set_seed
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from biasunlearn_trainer.eval.compare import verdicts
+from biasunlearn_trainer.eval.report import terminal_table, write_report
+from biasunlearn_trainer.eval.schema import EvalResult, save_results
+from biasunlearn_trainer.eval.scoring import Scorer
+from biasunlearn_trainer.fingerprints import model_hash
+from biasunlearn_trainer.models import load_config, load_processor
+from biasunlearn_trainer.probes import CollapseGuard, ProbeCallback
+from biasunlearn_trainer.recipe import Recipe, RecipeError, parse_recipe
+from biasunlearn_trainer.run_cases import case_candidates
+from biasunlearn_trainer.run_config import RunConfig
+from biasunlearn_trainer.run_data import (
+    check_collation,
+    check_leaks,
+    describe_data,
+    load_streams,
+    load_tasks,
+    resolve_testbed,
+)
+from biasunlearn_trainer.run_folder import RESULTS_FILE, STATE_FILE, prepare_folder, write_records
+from biasunlearn_trainer.run_models import is_sharded, load_for_run, whole_weights
+from biasunlearn_trainer.trainers.registry import METHODS, get_method
+
+Items = dict[str, list[dict]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a recipe from the command line.
+
+    Args:
+        arguments: `RECIPE.yaml [--key value ...]`; the process's own when None.
+
+    Returns:
+        The exit status: 0, or 2 for a faulty recipe, dataset or model path, whose faults are on stderr.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    if "--help" in arguments or "-h" in arguments:
+        method = arguments[arguments.index("--method") + 1] if "--method" in arguments[:-1] else next(iter(METHODS))
+        TrlParser([RunConfig, ModelConfig, get_method(method)[1]], prog="recipes/run.py RECIPE.yaml").print_help()
+        return 0
+    try:
+        run(parse_recipe(arguments))
+    except RecipeError as err:
+        if os.environ.get("RANK", "0") == "0":
+            print(err, file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(recipe: Recipe) -> dict[str, EvalResult] | None:
+    """Carries a recipe out.
+
+    Args:
+        recipe: what `parse_recipe` returned; its testbed is resolved in place.
+
+    Returns:
+        Results by name, `before`, `after` and, where there is one, `oracle`; None for a dry run.
+
+    Raises:
+        RecipeError: the data, the model's path or the output folder do not do; nothing was written or trained.
+    """
+    started = time.monotonic()
+    _check_world_size(recipe)
+    resolve_testbed(recipe)
+    sets = load_streams(recipe)
+    tasks, probes = load_tasks(recipe)
+    if probes and is_sharded():
+        raise RecipeError(
+            ["probes need whole weights on every process. Launch with ddp.yaml or zero2.yaml, or leave them out."]
+        )
+    check_leaks(recipe, sets, tasks, probes)
+    config, processing_class = _config_and_processor(recipe)
+    check_collation(recipe, sets, processing_class)
+    state = PartialState()
+    checkpoint = prepare_folder(recipe, may_delete=state.is_main_process and not recipe.run.dry_run)
+    if state.is_main_process:
+        print(describe_plan(recipe, config, sets, tasks, probes, checkpoint), flush=True)
+    if recipe.run.dry_run:
+        return None
+    state.wait_for_everyone()
+    evaluation = _Evaluation(recipe, tasks, processing_class)
+    history, messages = _unlearn(recipe, evaluation, sets, probes, checkpoint)
+    if state.is_main_process:
+        _report(recipe, evaluation, history, messages, time.monotonic() - started)
+    return evaluation.results
+
+
+def _check_world_size(recipe: Recipe) -> None:
+    """Refuses the silent failure of a wrong launch: every process alone, each training a model of its own."""
+    launched, seen = int(os.environ.get("WORLD_SIZE", 1)), recipe.training.world_size
+    if launched != seen:
+        hint = "On a CPU, DeepSpeed needs `use_cpu: true` in the recipe."
+        raise RecipeError([f"{launched} processes were launched, each sees {seen}. {hint}"])
+
+
+def _config_and_processor(recipe: Recipe) -> tuple[Any, Any]:
+    name, options = recipe.model.model_name_or_path, {"trust_remote_code": recipe.run.trust_remote_code}
+    try:
+        config = load_config(name, recipe.model.model_revision, **options)
+        return config, load_processor(name, revision=recipe.model.model_revision, **options)
+    except (OSError, ValueError) as err:
+        raise RecipeError([f"model_name_or_path: {err}"], recipe.source) from err
+
+
+def describe_plan(
+    recipe: Recipe,
+    config: Any,
+    sets: Mapping[str, Any],
+    tasks: Sequence[Any],
+    probes: Sequence[Any],
+    checkpoint: str | None,
+) -> str:
+    """Says in a few lines what a run does.
+
+    Args:
+        recipe: with its testbed resolved.
+        config: the model's configuration.
+        sets: rows by stream.
+        tasks: evaluations before and after.
+        probes: evaluations during training.
+        checkpoint: where the run continues from, None for the beginning.
+    """
+    args, lora = recipe.training, recipe.model
+    shared = TrainingArguments.__dataclass_fields__.keys() - {"learning_rate"}
+    own = [
+        f"{key} {recipe.given[key]}" for key in type(args).__dataclass_fields__ if key in recipe.given.keys() - shared
+    ]
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * -(-len(sets["forget"]) // step))
+    adapter = f"LoRA r {lora.lora_r}, alpha {lora.lora_alpha}" if lora.use_peft else "full fine-tuning"
+    measured = [f"{task.name} ({len(task.rows)} rows)" for task in tasks]
+    probed = [task.name for task in probes]
+    lines = {
+        "recipe": recipe.source,
+        "method": f"{recipe.run.method} ({', '.join(own)})",
+        "model": f"{lora.model_name_or_path} ({', '.join([*(config.architectures or []), adapter])})",
+        "data": ", ".join(f"{name} {len(rows)} rows" for name, rows in sets.items()),
+        "steps": f"{steps} of {step} rows on {args.world_size} process(es), {args.device}",
+        "tasks": ", ".join(measured) or "none: nothing is measured",
+        "probes": f"{', '.join(probed)} every {recipe.run.probe_steps} steps" if probed else "none",
+        "output": f"{args.output_dir}{f', continuing from {checkpoint}' if checkpoint else ''}",
+    }
+    return "\n".join(f"{name:<8}{text}" for name, text in lines.items())
+
+
+class _Evaluation:
+    """Measures models one after the other; what is known stands on disk at every moment."""
+
+    def __init__(self, recipe: Recipe, tasks: Sequence[Any], processing_class: Any):
+        self.recipe, self.tasks, self.processing_class = recipe, tasks, processing_class
+        self.results: dict[str, EvalResult] = {}
+        self.items: dict[str, Items] = {}
+
+    def measure(self, name: str, model: torch.nn.Module, source: str) -> None:
+        """Measures a model as `before`, `after` or `oracle` and writes results.json; every process has to call it."""
+        run_config, args = self.recipe.run, self.recipe.training
+        scorer = Scorer(model, self.processing_class, run_config.eval_batch_size, args.append_eos)
+        items = {task.name: task.run(scorer, answers=run_config.case_studies > 0) for task in self.tasks}
+        before = self.items.get("before", {})
+        summaries = {task.name: task.summarise(items[task.name], before.get(task.name)) for task in self.tasks}
+        self.items[name] = items
+        self.results[name] = EvalResult(model=source, tasks=summaries)
+        if PartialState().is_main_process:
+            save_results(self.results, Path(args.output_dir) / RESULTS_FILE)
+
+
+def _unlearn(
+    recipe: Recipe, evaluation: _Evaluation, sets: Mapping[str, Any], probes: Sequence[Any], checkpoint: str | None
+) -> tuple[list[dict], list[str]]:
+    """Measures, trains, saves and measures again; returns the log and what the guard said."""
+    source, output_dir = recipe.model.model_name_or_path, recipe.training.output_dir
+    with whole_weights():
+        model = load_for_run(recipe, source)
+        if PartialState().is_main_process:
+            write_records(recipe, describe_data(recipe, sets), model_hash(model))
+        evaluation.measure("before", model, source)
+        if recipe.run.oracle_model:
+            evaluation.measure("oracle", load_for_run(recipe, recipe.run.oracle_model), recipe.run.oracle_model)
+    if is_sharded():
+        model = load_for_run(recipe, source)
+    trainer, guard = _build_trainer(recipe, model, evaluation.processing_class, sets, probes)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(Path(output_dir) / STATE_FILE))
+    trainer.save_model()
+    history, model = trainer.state.log_history, trainer.model
+    if is_sharded():
+        # What was saved is measured: no process holds the trained weights whole.
+        del trainer, model
+        with whole_weights():
+            model = load_for_run(recipe, output_dir)
+    try:
+        evaluation.measure("after", model, output_dir)
+    except ValueError as err:
+        raise RecipeError([*guard.messages, str(err)], f"the model after unlearning, saved in {output_dir},") from err
+    return history, guard.messages
+
+
+def _build_trainer(
+    recipe: Recipe, model: torch.nn.Module, processing_class: Any, sets: Mapping[str, Any], probes: Sequence[Any]
+) -> tuple[Any, CollapseGuard]:
+    run_config = recipe.run
+    set_seed(recipe.training.seed)  # the adapter's first weights are drawn before the Trainer sets its seed
+    try:
+        trainer = recipe.trainer_class(
+            model=model,
+            args=recipe.training,
+            processing_class=processing_class,
+            peft_config=get_peft_config(recipe.model),
+            **{f"{stream}_dataset": rows for stream, rows in sets.items()},
+        )
+    except ValueError as err:
+        raise RecipeError([str(err)], recipe.source) from err
+    guard = CollapseGuard(run_config.guard_min_retained, run_config.guard_max_loss, run_config.guard_action)
+    trainer.add_callback(guard)
+    if probes:
+        trainer.add_callback(ProbeCallback(trainer, probes, run_config.probe_steps, run_config.eval_batch_size))
+    return trainer, guard
+
+
+def _report(
+    recipe: Recipe, evaluation: _Evaluation, history: list[dict], messages: Sequence[str], seconds: float
+) -> None:
+    """Writes the report and prints what a person reads first."""
+    output_dir = Path(recipe.training.output_dir)
+    results = {name: result.to_dict() for name, result in evaluation.results.items()}
+    report = write_report(
+        output_dir,
+        results,
+        history=history,
+        items=evaluation.items,
+        cases=case_candidates(evaluation.tasks, evaluation.items),
+        title=f"{recipe.run.method} on {recipe.model.model_name_or_path}",
+        seconds=seconds,
+        num_cases=recipe.run.case_studies,
+        seed=recipe.training.seed,
+    )
+    print(terminal_table(results))
+    for sentence in [*messages, *verdicts(results)]:
+        print(f"- {sentence}")
+    print(f"Report {report}, results {output_dir / RESULTS_FILE}, model {output_dir} ({seconds:.0f} s)")
