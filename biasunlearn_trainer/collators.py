@@ -1,7 +1,8 @@
 """Rows -> padded tensors with a completion mask, for text and image-text models alike.
 
-The mask is read off the processor's own output: the ids of the prompt alone must begin the ids of prompt + completion. Image
-placeholders expand to hundreds of tokens inside the processor, so nothing is ever counted on the raw text.
+The mask is read off the processor's own output: the ids of the prompt alone must begin the ids of prompt +
+completion. Image placeholders expand to hundreds of tokens inside the processor, so nothing is ever counted on the
+raw text.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ class CompletionCollator:
             rows: at least one row, all with images or all without.
 
         Returns:
-            (B, T) `input_ids`, `attention_mask` (int64) and `completion_mask` (bool), right-padded, and whatever else the
-            processor made for the model (`pixel_values`, ...).
+            (B, T) `input_ids`, `attention_mask` (int64) and `completion_mask` (bool), right-padded, and whatever else
+            the processor made for the model (`pixel_values`, ...).
 
         Raises:
-            ValueError: naming the row, where a prompt is no prefix of its full text, nothing is left of a completion, an
-                image and its placeholder do not match, or truncation would cut image tokens.
+            ValueError: naming the row, where a prompt is no prefix of its full text, nothing is left of a completion,
+                an image and its placeholder do not match, or truncation would cut image tokens.
         """
         images = _images_of(rows)
         rendered = self._render_all(rows, images)
@@ -173,8 +174,8 @@ class CompletionCollator:
                 raise ValueError(self._prefix_message(row, i, batch["input_ids"][i], prompts["input_ids"][i, :length]))
             if length >= lengths[i]:
                 raise ValueError(
-                    f"{_name(row, i)}: all labels are masked, the completion {row['completion']!r} adds no token to its "
-                    "prompt. Give it at least one, or drop the row."
+                    f"{_name(row, i)}: all labels are masked, the completion {row['completion']!r} adds no token to "
+                    "its prompt. Give it at least one, or drop the row."
                 )
             if length == 0:
                 raise ValueError(
@@ -187,10 +188,11 @@ class CompletionCollator:
     def _prefix_message(self, row: Row, position: int, full: Tensor, prompt: Tensor) -> str:
         same = int((full[: len(prompt)] == prompt).long().cumprod(0).sum())
         return (
-            f"{_name(row, position)}: the ids of the prompt are no prefix of the ids of prompt + completion; they part at "
-            f"token {same} (prompt alone: {self.tokenizer.decode(prompt[same:][:4])!r}, with its completion: "
+            f"{_name(row, position)}: the ids of the prompt are no prefix of the ids of prompt + completion; they "
+            f"part at token {same} (prompt alone: {self.tokenizer.decode(prompt[same:][:4])!r}, with its completion: "
             f"{self.tokenizer.decode(full[same:][:4])!r}). Usually a space stands at the end of the prompt where it "
-            f"should begin the completion. Got prompt {_shorten(row['prompt'])}, completion {_shorten(row['completion'])}."
+            f"should begin the completion. Got prompt {_shorten(row['prompt'])}, "
+            f"completion {_shorten(row['completion'])}."
         )
 
     def _truncate(self, batch: dict[str, Tensor], rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -222,8 +224,8 @@ class CompletionCollator:
         cut = max(0, min(overflow, image_start - first))
         if length - overflow + cut <= completion_start:
             raise ValueError(
-                f"{_name(row, i)}: {length} tokens do not fit max_length={self.max_length} without cutting image tokens or "
-                f"the whole completion (prompt {completion_start}, completion {length - completion_start}). "
+                f"{_name(row, i)}: {length} tokens do not fit max_length={self.max_length} without cutting image "
+                f"tokens or the whole completion (prompt {completion_start}, completion {length - completion_start}). "
                 "Raise max_length, or shorten the row."
             )
         return [*range(first), *range(first + cut, length - (overflow - cut))]

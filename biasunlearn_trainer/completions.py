@@ -1,7 +1,7 @@
 """One forward pass that returns what unlearning needs: the log-probabilities of completion tokens.
 
-The output head is the widest layer of a language model, and an image-text row carries hundreds of positions (the picture)
-that no loss ever reads. The head therefore runs on completion positions only.
+The output head is the widest layer of a language model, and an image-text row carries hundreds of positions (the
+picture) that no loss ever reads. The head therefore runs on completion positions only.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def forward_completions(model: nn.Module, batch: dict[str, Any]) -> CompletionOu
 
     Args:
         model: a causal or image-text model, wrapped (PEFT, DDP, DeepSpeed) or not.
-        batch: what `CompletionCollator` returns: (B, T) `input_ids`, `attention_mask`, `completion_mask`, and any further
-            input of the model.
+        batch: what `CompletionCollator` returns: (B, T) `input_ids`, `attention_mask`, `completion_mask`, and any
+            further input of the model.
 
     Returns:
         The completion tokens' logits and log-probabilities.

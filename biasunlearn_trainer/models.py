@@ -1,7 +1,7 @@
 """Loading models and processors, and finding a model's parts from its own structure.
 
-Nothing here is keyed on a family's name: module groups come from where the model keeps its decoder and its image encoder,
-and the image placeholder from what the processor's chat template writes.
+Nothing here is keyed on a family's name: module groups come from where the model keeps its decoder and its image
+encoder, and the image placeholder from what the processor's chat template writes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def load_config(name_or_path: str, revision: str | None = None, trust_remote_cod
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as err:
         raise OSError(
-            f"Model {name_or_path!r} was not found: it is no folder with a config.json, it is not in the local cache, and "
-            "the Hub was not reachable or has no such model. Check the spelling, or download it first "
+            f"Model {name_or_path!r} was not found: it is no folder with a config.json, it is not in the local cache, "
+            "and the Hub was not reachable or has no such model. Check the spelling, or download it first "
             f"(`hf download {name_or_path}`)."
         ) from err
 
@@ -122,7 +122,9 @@ def load_processor(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = load_config(name_or_path, **options)
     loader = AutoProcessor if _auto_class(config) is AutoModelForImageTextToText else AutoTokenizer
-    saved_with_it = any((Path(name_or_path) / name).is_file() for name in ("tokenizer_config.json", "processor_config.json"))
+    saved_with_it = any(
+        (Path(name_or_path) / name).is_file() for name in ("tokenizer_config.json", "processor_config.json")
+    )
     if _is_adapter(name_or_path) and not saved_with_it:
         name_or_path = _base_of(name_or_path)
     processing_class = loader.from_pretrained(name_or_path, **options)
@@ -146,9 +148,10 @@ def image_token_id(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -
 def image_placeholder(processing_class: ProcessorMixin) -> str:
     """What stands in a prompt for one image, as the family's own chat template writes it.
 
-    The template is rendered with and without an image, and the difference is the placeholder: `<image>` and a newline for
-    LLaVA, `<|vision_start|><|image_pad|><|vision_end|>` for Qwen2-VL. Without a template it is the image token and a newline.
-    A processor that puts its image tokens in by itself (BLIP-2's query tokens) needs none.
+    The template is rendered with and without an image, and the difference is the placeholder: `<image>` and a
+    newline for LLaVA, `<|vision_start|><|image_pad|><|vision_end|>` for Qwen2-VL. Without a template it is the
+    image token and a newline. A processor that puts its image tokens in by itself (BLIP-2's query tokens) needs
+    none.
     """
     if getattr(processing_class, "num_query_tokens", None):
         return ""
@@ -195,7 +198,7 @@ def module_groups(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _merger(vision: nn.Module, names: dict[nn.Module, str], decoder: nn.Module) -> list[str]:
-    """A connector that lives inside the image encoder (Qwen2-VL's merger): a child that ends in the text model's width."""
+    """A connector inside the image encoder (Qwen2-VL's merger): a child that ends in the text model's width."""
     width = decoder.get_input_embeddings().weight.shape[1]
     mergers = []
     for child in vision.children():
@@ -245,8 +248,8 @@ def check_groups(chosen: Iterable[str], groups: dict[str, list[str]]) -> None:
 def lora_targets(model: nn.Module, chosen: Sequence[str] = ("language_model",)) -> str:
     """The linear layers of the chosen groups, as the regular expression that `peft` takes for `target_modules`.
 
-    `all-linear` and plain names such as `q_proj` also hit the image encoder; this does not. The output head stays out, as
-    is usual for LoRA.
+    `all-linear` and plain names such as `q_proj` also hit the image encoder; this does not. The output head stays
+    out, as is usual for LoRA.
 
     Raises:
         ValueError: where the model lacks a chosen group, or a group has no linear layer.

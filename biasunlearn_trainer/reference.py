@@ -1,8 +1,8 @@
 """The reference policy: the model before unlearning, in whichever form costs least.
 
-`adapter`: the policy with its PEFT adapter switched off; no second model.
-`precomputed`: log pi_ref(y | x), one number per row, computed once, kept on disk and looked up by row number.
-`model`: a second model, frozen.
+- `adapter`: the policy with its PEFT adapter switched off; no second model.
+- `precomputed`: log pi_ref(y | x), one number per row, computed once, kept on disk and looked up by row number.
+- `model`: a second model, frozen.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ModelReference:
 
 
 class PrecomputedReference:
-    """log pi_ref(y | x) by stream and row number.
+    """The log pi_ref(y | x) by stream and row number.
 
     Args:
         tables: for each stream an (n,) float32 tensor, in nats.
@@ -128,8 +128,8 @@ class ReferenceBuilder:
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """(n,) float32 reference log-probabilities of the rows, from disk where they are there.
 
-        The key holds the model's weights, the rows, the processor and the collator's settings: whatever changes makes
-        a new table.
+        The key holds the model's weights, the rows, the processor and the collator's settings: whatever changes
+        makes a new table.
         """
         key = hashlib.blake2b(f"{self._key} {rows_fingerprint(rows)}".encode(), digest_size=12).hexdigest()
         path = self.cache_dir / f"{key}.safetensors"

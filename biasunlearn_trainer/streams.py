@@ -1,15 +1,16 @@
 """Named streams of rows, paired by a pure function of seed, epoch and position.
 
-A draw is one position of the forget set in one epoch, together with the rows of all other streams that stand beside it.
-Which rows these are depends on nothing but the seed and the draw's number: not on workers, ranks, the order of calls, or
-where a run was resumed. (A retain row picked by `randint` inside a worker, as published code does it, repeats itself over
-workers and ranks and cannot be resumed.)
+A draw is one position of the forget set in one epoch, together with the rows of all other streams that stand beside
+it. Which rows these are depends on nothing but the seed and the draw's number: not on workers, ranks, the order of
+calls, or where a run was resumed. (A retain row picked by `randint` inside a worker, as published code does it,
+repeats itself over workers and ranks and cannot be resumed.)
 
-Two kinds of stream stand beside the forget set. An *aligned* stream belongs to it row by row (the preferred answer to the
-same question). A *cycled* one is gone through without replacement, in a new order each time, however long it is.
+Two kinds of stream stand beside the forget set. An *aligned* stream belongs to it row by row (the preferred answer
+to the same question). A *cycled* one is gone through without replacement, in a new order each time, however long it
+is.
 
-Within one optimizer step a stream is of one modality. Text-only rows on one rank beside image rows on another use other
-weights, and the collectives of DDP and ZeRO-3 would wait for each other forever.
+Within one optimizer step a stream is of one modality. Text-only rows on one rank beside image rows on another use
+other weights, and the collectives of DDP and ZeRO-3 would wait for each other forever.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def order(length: int, *key: int | str) -> np.ndarray:
 
 
 def has_images(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """(n,) bool: which rows carry at least one image. No picture is decoded."""
+    """(n,) bool: which rows carry at least one image.
+
+    No picture is decoded.
+    """
     if not isinstance(rows, Dataset):
         return np.array([bool(row.get("images")) for row in rows])
     if "images" not in rows.column_names:
@@ -58,8 +62,8 @@ def has_images(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 class _Stream:
     """One set of rows and the order in which they come.
 
-    Rows are laid out in blocks, one per optimizer step, each of one modality; every modality's rows are gone through in
-    orders of their own.
+    Rows are laid out in blocks, one per optimizer step, each of one modality; every modality's rows are gone
+    through in orders of their own.
     """
 
     def __init__(self, name: str, rows: Sequence[Mapping[str, Any]], seed: int, rows_per_step: int):
@@ -208,8 +212,8 @@ def align(forget: Sequence[Mapping[str, Any]], rows: Any, name: str) -> Any:
     if keys is None or partners is None:
         if len(forget) != len(rows):
             raise ValueError(
-                f"The {name} set has {len(rows)} rows for {len(forget)} forget rows and no `pair_id` in both to match them "
-                "by. Give one row for each forget row, or the column."
+                f"The {name} set has {len(rows)} rows for {len(forget)} forget rows and no `pair_id` in both to match "
+                "them by. Give one row for each forget row, or the column."
             )
         return rows
     places = {key: i for i, key in enumerate(partners)}

@@ -1,7 +1,7 @@
 """What all unlearning methods share, so that a method is its equation and nothing else.
 
-A trainer names its streams and references and returns its terms, one value per sequence. The base pairs and collates the
-streams, runs the model, weighs, averages, sums and logs the terms.
+A trainer names its streams and references and returns its terms, one value per sequence. The base pairs and
+collates the streams, runs the model, weighs, averages, sums and logs the terms.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class UnlearnTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # Losses are normalised here, over the whole accumulated batch; the Trainer must not divide them again. A subclass
-        # with a `compute_loss` of its own keeps the Trainer's usual division.
+        # Losses are normalised here, over the whole accumulated batch; the Trainer must not divide them again.
+        # A subclass with a `compute_loss` of its own keeps the Trainer's usual division.
         self.loss_is_scaled_for_ga = True if type(self).compute_loss is UnlearnTrainer.compute_loss else None
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, Tensor] = {}
@@ -244,7 +244,7 @@ class UnlearnTrainer(Trainer):
         return self.token_average(result.output.scatter(values), result)
 
     def token_average(self, values: Tensor, result: SequenceLogps) -> Tensor:
-        """Average (B, K) token values over each sequence, so that the mean over sequences is what `args.reduction` says."""
+        """Average (B, K) token values by sequence, so that the mean over sequences is what `args.reduction` says."""
         mask = result.output.mask
         if self.args.reduction == "sequence_mean":
             return sequence_mean(values, mask)
@@ -267,8 +267,8 @@ class UnlearnTrainer(Trainer):
             model: the policy.
             inputs: one micro-batch, rows by stream.
             return_outputs: return the terms beside the loss.
-            num_items_in_batch: for each stream (3,), its sequences, completion tokens and text tokens in the accumulated
-                global batch; None counts this micro-batch alone.
+            num_items_in_batch: for each stream (3,), its sequences, completion tokens and text tokens in the
+                accumulated global batch; None counts this micro-batch alone.
         """
         self._batch_counts = num_items_in_batch or self._count([inputs])
         terms = self.loss_terms(model, inputs)
@@ -334,7 +334,7 @@ class UnlearnTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Mean NLL per token of the evaluation rows, `<prefix>_loss`; for a dict of sets, `<prefix>_<name>_loss` each."""
+        """Mean NLL per token of the evaluation rows, `<prefix>_loss`; `<prefix>_<name>_loss` for a dict of sets."""
         eval_dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if eval_dataset is None:
             raise ValueError(f"{type(self).__name__}: evaluate() needs an eval_dataset.")

@@ -46,24 +46,24 @@ class UnlearnConfig(TrainingArguments):
     reduction: str = field(
         default="sequence_mean",
         metadata={
-            "help": "How losses that average over tokens do so: `sequence_mean` (mean over a sequence's tokens, then over "
-            "sequences; MMUnlearner eq. 13-14) or `token_mean` (over all tokens of the accumulated global batch).",
+            "help": "How losses that average over tokens do so: `sequence_mean` (mean over a sequence's tokens, then "
+            "over sequences; MMUnlearner eq. 13-14) or `token_mean` (over all tokens of the accumulated global batch).",
             "choices": list(REDUCTIONS),
         },
     )
     trainable_groups: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Full fine-tuning: the module groups to train (language_model, connector, vision_tower); None trains "
-            "all. With an adapter, the groups that get one; None means language_model.",
+            "help": "Full fine-tuning: the module groups to train (language_model, connector, vision_tower); None "
+            "trains all. With an adapter, the groups that get one; None means language_model.",
         },
     )
     reference: str = field(
         default="auto",
         metadata={
-            "help": "Where the reference policy comes from: `adapter` (PEFT adapter switched off), `precomputed` (one number "
-            "per row, computed once, kept on disk), `model` (a second model), or `auto` (adapter if there is one, else "
-            "precomputed; a second model only where a KL needs whole distributions).",
+            "help": "Where the reference policy comes from: `adapter` (PEFT adapter switched off), `precomputed` (one "
+            "number per row, computed once, kept on disk), `model` (a second model), or `auto` (adapter if there is "
+            "one, else precomputed; a second model only where a KL needs whole distributions).",
             "choices": list(MODES),
         },
     )
@@ -123,7 +123,7 @@ class KLConfig(RetainConfig):
     kl_positions: str = field(
         default="completion",
         metadata={
-            "help": "Where the KL is taken: on `completion` tokens, or on `all_text`; never on padding or image positions.",
+            "help": "Where the KL is taken: on `completion` tokens or on `all_text`; never on padding or images.",
             "choices": ["completion", "all_text"],
         },
     )

@@ -1,4 +1,4 @@
-"""Preference optimisation against the biased answer: DPO with an unbiased answer or a refusal (Rafailov 2023, Maini 2024)."""
+"""Preference optimisation against the biased answer (Rafailov 2023), with an unbiased one or a refusal (Maini 2024)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class UnlearnDPOConfig(RetainChoiceConfig):
     refusals: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Answers to prefer where no preferred_dataset is given, one drawn for each row (IdkDPO, Maini 2024). "
-            "None: five of the library's own."
+            "help": "Answers to prefer where no preferred_dataset is given, one drawn for each row (IdkDPO, Maini "
+            "2024). None: five of the library's own."
         },
     )
 
@@ -57,7 +57,7 @@ class UnlearnDPOTrainer(UnlearnTrainer):
 
     @classmethod
     def references(cls, args: UnlearnConfig) -> dict[str, str]:
-        """log pi_ref of both answers, and whole distributions on the retain set for a KL."""
+        """The log pi_ref of both answers, and whole distributions on the retain set for a KL."""
         return {"forget": "logps", "preferred": "logps"} | super().references(args)
 
     @classmethod

@@ -20,8 +20,8 @@ class KLMinConfig(KLConfig):
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "Sets `kl_stream` and `kl_direction` together: `maini` (retain, forward: the default), `mmunlearner` "
-            "(forget, reverse: eq. 17-18 as printed).",
+            "help": "Sets `kl_stream` and `kl_direction` together: `maini` (retain, forward: the default), "
+            "`mmunlearner` (forget, reverse: eq. 17-18 as printed).",
             "choices": [*PRESETS],
         },
     )
@@ -41,8 +41,8 @@ class KLMinConfig(KLConfig):
 class KLMinTrainer(UnlearnTrainer):
     """KL minimisation: minimise -NLL(forget) + KL(reference || policy) on the retain set.
 
-    With `kl_stream="forget"` the KL is taken on the forget set and weighted by `retain_weight`, as it is still the part
-    that retains; no retain set is used then.
+    With `kl_stream="forget"` the KL is taken on the forget set and weighted by `retain_weight`, as it is still the
+    part that retains; no retain set is used then.
     """
 
     config_class: ClassVar = KLMinConfig

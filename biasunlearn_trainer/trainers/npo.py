@@ -30,23 +30,23 @@ class NPOConfig(RetainChoiceConfig):
     preset: str = field(
         default="paper",
         metadata={
-            "help": "`paper`: one value per sequence (Zhang 2024). `mllmu`, `biasunlearn`: one value for the batch, as those "
-            "projects' code has it; nonlinear in the micro-batch, to rerun their numbers with.",
+            "help": "`paper`: one value per sequence (Zhang 2024). `mllmu`, `biasunlearn`: one value for the batch, "
+            "as those projects' code has it; nonlinear in the micro-batch, to rerun their numbers with.",
             "choices": [*PRESETS],
         },
     )
     beta: float | None = field(
         default=None,
         metadata={
-            "help": "How soon the push on a sequence fades: its gradient is weighted by 2 sigmoid(beta log(pi / pi_ref)). "
-            "None: 0.1, the paper's value (0.4 with preset `mllmu`; MMUnlearner eq. 19 also has 0.4)."
+            "help": "How soon the push on a sequence fades: its gradient is weighted by 2 sigmoid(beta log(pi / "
+            "pi_ref)). None: 0.1, the paper's value (0.4 with preset `mllmu`; MMUnlearner eq. 19 also has 0.4)."
         },
     )
     loss_reduction: str = field(
         default="sum",
         metadata={
-            "help": "`sum`: log pi of a sequence is the sum over its tokens, as in the paper. `mean` divides by its length; "
-            "beta must then be larger by about that length to fade as soon.",
+            "help": "`sum`: log pi of a sequence is the sum over its tokens, as in the paper. `mean` divides by its "
+            "length; beta must then be larger by about that length to fade as soon.",
             "choices": ["sum", "mean"],
         },
     )
@@ -71,7 +71,8 @@ class NPOConfig(RetainChoiceConfig):
 
 
 class NPOTrainer(UnlearnTrainer):
-    """NPO: minimise -(2/beta) log sigmoid(-beta log(pi(y|x) / pi_ref(y|x))) on the forget set, and keep the retain set."""
+    """NPO: minimise -(2/beta) log sigmoid(-beta log(pi(y|x) / pi_ref(y|x))) on the forget set, and keep the retain
+    set."""
 
     config_class: ClassVar = NPOConfig
 
@@ -80,8 +81,8 @@ class NPOTrainer(UnlearnTrainer):
         cut = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
         if self.args.preset in BATCH_LOSSES and cut:
             logger.warning(
-                "preset=%r is nonlinear in the micro-batch: with accumulation or several processes the loss differs from "
-                "that of one large batch.",
+                "preset=%r is nonlinear in the micro-batch: with accumulation or several processes the loss differs "
+                "from that of one large batch.",
                 self.args.preset,
             )
         if self.args.preset == "mllmu" and not self.has_reference_model:
@@ -89,7 +90,7 @@ class NPOTrainer(UnlearnTrainer):
 
     @classmethod
     def references(cls, args: UnlearnConfig) -> dict[str, str]:
-        """log pi_ref of the forget rows, and whole distributions on the retain set for a KL."""
+        """Log pi_ref of the forget rows, and whole distributions on the retain set for a KL."""
         return {"forget": "logps"} | super().references(args)
 
     def forget_terms(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
