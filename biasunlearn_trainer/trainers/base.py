@@ -383,10 +383,10 @@ class UnlearnTrainer(Trainer):
         if getattr(model, "is_quantized", False):
             model = prepare_model_for_kbit_training(
                 model,
-                use_gradient_checkpointing=args.gradient_checkpointing,
-                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+                use_gradient_checkpointing=args.activation_checkpointing,
+                gradient_checkpointing_kwargs=args.activation_checkpointing_kwargs,
             )
-        elif args.gradient_checkpointing:
+        elif args.activation_checkpointing:
             model.enable_input_require_grads()  # or checkpointed blocks before the first adapter would pass no gradient
         return get_peft_model(model, peft_config)
 

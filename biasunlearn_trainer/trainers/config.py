@@ -89,11 +89,12 @@ class UnlearnConfig(TrainingArguments):
     def __post_init__(self):
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("reference", self.reference, MODES)
-        if self.gradient_checkpointing:
+        super().__post_init__()
+        if self.activation_checkpointing:
             # Reentrant checkpointing with two forward passes before one backward is silently wrong on one process and
             # raises under DDP and ZeRO-2.
-            self.gradient_checkpointing_kwargs = {**(self.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        super().__post_init__()
+            kwargs = {**(self.activation_checkpointing_kwargs or {}), "use_reentrant": False}
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = kwargs
         self.remove_unused_columns = False
 
 

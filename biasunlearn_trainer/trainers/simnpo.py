@@ -27,7 +27,7 @@ class SimNPOConfig(RetainChoiceConfig):
 
 
 class SimNPOTrainer(UnlearnTrainer):
-    """SimNPO: minimise -(2/beta) log sigmoid(-(beta/|y|) log pi(y|x) - delta) on the forget set; keep the retain set."""
+    """SimNPO: minimise -(2/beta) log sigmoid(-(beta/|y|) log pi(y|x) - delta) on forget rows, with a retain loss."""
 
     config_class: ClassVar = SimNPOConfig
 

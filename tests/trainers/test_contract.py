@@ -75,20 +75,22 @@ def test_lora_goes_on_the_groups_that_are_named(make_trainer):
     assert adapted and all("vision_tower" in name for name in adapted)
 
 
-def test_gradient_checkpointing_changes_nothing(make_trainer):
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_changes_nothing(name, make_trainer):
     losses = []
     for checkpointing in (False, True):
-        trainer = make_trainer("npo", "image", gradient_checkpointing=checkpointing)
+        trainer = make_trainer("npo", "image", **{name: checkpointing})
+        assert not checkpointing or trainer.args.activation_checkpointing_kwargs["use_reentrant"] is False
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_gradient_checkpointing_with_lora(make_trainer):
+def test_checkpointing_with_lora(make_trainer):
     losses = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        trainer = make_trainer("npo", "text", LoraConfig(r=2), gradient_checkpointing=checkpointing)
+        trainer = make_trainer("npo", "text", LoraConfig(r=2), activation_checkpointing=checkpointing)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0][0] != losses[0][-1]
