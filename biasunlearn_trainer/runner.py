@@ -123,7 +123,7 @@ def _config_and_processor(recipe: Recipe) -> tuple[Any, Any]:
     try:
         config = load_config(name, recipe.model.model_revision, **options)
         return config, load_processor(name, revision=recipe.model.model_revision, **options)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, ImportError) as err:
         raise RecipeError([f"model_name_or_path: {err}"], recipe.source) from err
 
 
