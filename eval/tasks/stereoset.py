@@ -25,7 +25,7 @@ class StereoSetTask(Task):
     anti-stereotype, unrelated; an item's `index` is that of its stereotype.
     """
 
-    append_eos: ClassVar[bool] = False
+    append_eos: ClassVar[bool | None] = False
 
     def load_rows(self, path: str, limit: int | None) -> Sequence[Mapping[str, Any]]:
         """Read the items and lay each out as three rows."""

@@ -49,7 +49,7 @@ class TableScorer:
         self.asked = []
 
     def score(self, rows, desc=None, append_eos=None):
-        assert append_eos is True
+        assert append_eos is None, "the scorer knows how the model was trained"
         scores = [(row, *self.table[row["completion"]]) for row in rows]
         return [CompletionScore(logp, 1, choices == (1,), choices) for _, logp, choices in scores]
 
