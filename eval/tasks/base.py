@@ -26,8 +26,8 @@ class Task(abc.ABC):
 
     Attributes:
         rows: what is put to the model, in the schema of the rows. An item's `index` is the place of its row in here.
-        append_eos: whether completions are scored with an EOS behind them; None leaves it to the scorer, which knows how
-            the model was trained.
+        append_eos: whether completions are scored with an EOS behind them; None leaves it to the scorer, which knows
+            how the model was trained.
     """
 
     append_eos: ClassVar[bool | None] = None
