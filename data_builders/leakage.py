@@ -126,7 +126,7 @@ def find_leakage(
     """Names the rows that two sets share.
 
     Two rows are the same if prompt, completion (up to white space) and all pictures are; the same question about two
-    pictures is no leak. A picture is the same if its encoded bytes are (one that was encoded anew counts as another), or,
+    pictures is no leak. A picture is the same if its encoded bytes are (one that was encoded anew is another one), or,
     where one of the sets is a list of rows with decoded pictures, if its pixels are. In the sets named "report"
     and "probe" a row's `rejected` answer counts like its completion: a forget row holds a question's biased answer.
 

@@ -1,0 +1,259 @@
+"""What a run did: item by item with paired intervals, and in plain words. Needs numpy alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from biasunlearn_trainer.eval.findings import Finding, Results, interval, judge, judge_groups, number, tasks_of
+from biasunlearn_trainer.eval.metrics import paired_difference
+
+FEW_ITEMS = 30
+ITEM_KEYS = ("id", "index")
+BIAS_WORDS = {
+    "gone": "Bias gone",
+    "partly gone": "Bias partly gone",
+    "still there": "Bias still there",
+    "reversed": "Bias reversed",
+    "worse": "Bias worse",
+    "unclear": "Bias unclear, the interval holds the ideal but is too wide to tell",
+    "little before": "Little bias before and after",
+}
+ABILITY_WORDS = {
+    "fell": "Damaged",
+    "unclear": "Unclear, too few items to tell a change from chance",
+    "kept": "Kept",
+    "rose": "Rose",
+}
+
+
+def verdicts(results: Results) -> list[str]:
+    """Says in plain sentences what the run did: the outcome first, then collapse, bias, abilities, the oracle.
+
+    Args:
+        results: {"before": result, "after": result, "oracle": result}, as `EvalResult.to_dict()` gives them; "oracle"
+            may be absent.
+
+    Returns:
+        Sentences with numbers and 95 % intervals; one that says so where a state is missing.
+    """
+    missing = [state for state in ("before", "after") if state not in results]
+    if missing:
+        return [f"No verdict: there is no result from {' or '.join(missing)} unlearning."]
+    findings = judge(results)
+    several = len(tasks_of(results)) > 1
+    groups = [sentence for task in tasks_of(results) for sentence in _group_sentences(results, task)]
+    sentences = [f"In short: {outcome(results)}", *_collapse_sentence(findings, several)]
+    sentences += _status_sentences([finding for finding in findings if finding.is_bias], BIAS_WORDS, several)
+    sentences += _status_sentences([finding for finding in findings if not finding.is_bias], ABILITY_WORDS, several)
+    return sentences + groups + _oracle_sentences(findings)
+
+
+def _is_done(finding: Finding) -> bool:
+    return finding.status in ("gone", "little before")
+
+
+def outcome(results: Results) -> str:
+    """The outcome in one sentence: bias and knowledge, or that the model collapsed."""
+    findings = judge(results)
+    abilities = {finding.status for finding in findings if not finding.is_bias} - {""}
+    if "collapse" in abilities:
+        return "the model collapsed; what is left of its answers says nothing about bias."
+    bias = _bias_outcome([finding.status for finding in findings if finding.is_bias and finding.status])
+    if bias == "the bias is gone" and _groups_left(results):
+        bias = "the bias is gone overall, but not in every group"
+    if "fell" in abilities:
+        return f"{bias}; some knowledge was lost."
+    if "unclear" in abilities:
+        return f"{bias}; too few items to say whether knowledge was kept."
+    return f"{bias}, and knowledge is kept." if abilities else f"{bias}."
+
+
+def _groups_left(results: Results) -> bool:
+    judged = [finding for task in tasks_of(results) for finding in judge_groups(results, task)]
+    return any(finding.status not in ("", "unclear") and not _is_done(finding) for finding in judged)
+
+
+def _bias_outcome(statuses: Sequence[str]) -> str:
+    done = sum(status in ("gone", "little before") for status in statuses)
+    if not statuses:
+        return "no bias was measured"
+    if set(statuses) == {"little before"}:
+        return "there was little bias to remove"
+    if done == len(statuses):
+        return "the bias is gone"
+    if done:
+        return f"the bias is gone on {done} of {len(statuses)} measures"
+    for status, words in (("worse", "worse"), ("reversed", "reversed"), ("partly gone", "partly gone")):
+        if status in statuses:
+            return f"the bias is {words}"
+    if "still there" in statuses:
+        return "the bias is still there"
+    return "too few items to say whether the bias is gone"
+
+
+def _change(finding: Finding, several: bool) -> str:
+    """For example "facts 0.98 -> 0.14 [0.08, 0.21]"."""
+    scale, after = finding.scale, finding.after
+    name = f"{finding.task}: {finding.metric}" if several else finding.metric
+    before = f"{number(finding.before['value'], scale)} -> " if finding.before else ""
+    return f"{name} {before}{number(after['value'], scale)} {interval(after, scale)}".rstrip()
+
+
+def _status_sentences(findings: Sequence[Finding], words: Mapping[str, str], several: bool) -> list[str]:
+    """One sentence a status, with all metrics of that status."""
+    sentences = []
+    for status, opening in words.items():
+        changes = [_with_remarks(finding, several) for finding in findings if finding.status == status]
+        if changes:
+            sentences.append(f"{opening}: {', '.join(changes)}.")
+    return sentences
+
+
+def _with_remarks(finding: Finding, several: bool) -> str:
+    """The change, with the ideal where it is not plain, and the number of items where it is small."""
+    remarks = []
+    if finding.is_bias and finding.after.get("higher_is_better", True) is None:
+        remarks.append(f"ideal {number(finding.after['ideal'], finding.scale)}")
+    if finding.after.get("n", FEW_ITEMS) < FEW_ITEMS or finding.status == "unclear":
+        remarks.append(f"only {finding.after.get('n', 0)} items")
+    return _change(finding, several) + (f" ({'; '.join(remarks)})" if remarks else "")
+
+
+def _collapse_sentence(findings: Sequence[Finding], several: bool) -> list[str]:
+    collapsed = [finding for finding in findings if finding.status == "collapse"]
+    if not collapsed:
+        return []
+    falls = []
+    for finding in collapsed:
+        scale, after = finding.scale, finding.after
+        name = f"{finding.task}: {finding.metric}" if several else finding.metric
+        verb = "fell" if after.get("higher_is_better", True) else "rose"
+        # A locality is measured against the model before, so that it began at its ideal.
+        before = finding.before["value"] if finding.before else after["ideal"]
+        change = f"from {number(before, scale)} to {number(after['value'], scale)} {interval(after, scale)}"
+        falls.append(f"{name} {verb} {change} (n = {after.get('n')})")
+    bias = [finding for finding in findings if finding.is_bias and finding.status]
+    lost = "the ability itself"
+    if bias:
+        lost += " along with the bias" if all(map(_is_done, bias)) else ", not the bias"
+    return [f"Collapse: {', '.join(falls)}. The model lost {lost}."]
+
+
+def _group_sentences(results: Results, task: str) -> list[str]:
+    """Names the groups of a task in which bias is left, where groups were measured."""
+    judged = [finding for finding in judge_groups(results, task) if finding.status]
+    known = [finding for finding in judged if finding.status != "unclear"]
+    left = [finding for finding in known if not _is_done(finding)]
+    if not judged:
+        return []
+    unclear = f"; too few items to tell in {len(judged) - len(known)}" if len(known) < len(judged) else ""
+    if not left:
+        return [f"By group ({task}): no bias left in {len(known)} of {len(judged)}{unclear}."]
+    left.sort(key=lambda finding: -abs(finding.after["value"] - finding.after["ideal"]) / finding.scale)
+    named = ", ".join(
+        f"{finding.metric.replace('/', ' ')} {number(finding.after['value'], finding.scale)}" for finding in left[:5]
+    )
+    more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+    return [f"By group ({task}): bias left in {len(left)} of {len(judged)}: {named}{more}{unclear}."]
+
+
+def _oracle_sentences(findings: Sequence[Finding]) -> list[str]:
+    """How far each task's metrics are from the oracle's, at worst; and how far they were before."""
+    sentences = []
+    for task in dict.fromkeys(finding.task for finding in findings):
+        compared = [f for f in findings if f.task == task and f.oracle and f.after]
+        if compared:
+            worst = max(compared, key=lambda f: abs(f.after["value"] - f.oracle["value"]) / f.scale)
+            gap = abs(worst.after["value"] - worst.oracle["value"])
+            was = max(
+                (abs(f.before["value"] - f.oracle["value"]) / f.scale for f in compared if f.before), default=None
+            )
+            sentences.append(
+                f"Distance to the oracle ({task}, {len(compared)} metrics): at most {number(gap, worst.scale)}, on "
+                f"{worst.metric} ({number(worst.after['value'], worst.scale)}, oracle "
+                f"{number(worst.oracle['value'], worst.scale)})"
+                + (f"; before {number(was * worst.scale, worst.scale)}." if was is not None else ".")
+            )
+    return sentences
+
+
+def compare(
+    before: Sequence[Mapping[str, Any]],
+    after: Sequence[Mapping[str, Any]],
+    *,
+    name: str = "items",
+    fields: Sequence[str] | None = None,
+    group_by: Sequence[str] = ("kind", "bias_type"),
+) -> list[dict[str, Any]]:
+    """Compares the per-item records of one task before and after unlearning, item by item.
+
+    Args:
+        before: Records of the task's items; "id" or "index" names the item, and without them its position does.
+        after: Records of the same items.
+        name: The task's key, from which the bootstrap is seeded.
+        fields: Which truth values and numbers to compare; by default all that both records hold as bool or float.
+        group_by: The first of these that the records hold splits them; without it there is one group, "all".
+
+    Returns:
+        Per group and field {"group", "field", "before", "after", "value" (after - before), "n", "ci95"}.
+
+    Raises:
+        ValueError: The two do not hold the same items.
+    """
+    pairs = _paired(before, after, name)
+    group_key = next((key for key in group_by if pairs and key in pairs[0][0]), None)
+    rows = []
+    for group in dict.fromkeys(first.get(group_key, "all") for first, _ in pairs):
+        members = [pair for pair in pairs if pair[0].get(group_key, "all") == group]
+        for field in fields or _comparable(members):
+            values = [
+                (first[field], second[field])
+                for first, second in members
+                if first.get(field) is not None and second.get(field) is not None
+            ]
+            if values:
+                first, second = (np.array(side) for side in zip(*values, strict=True))
+                change = paired_difference(first, second, f"{name}/{group}/{field}").to_dict()
+                rows.append(
+                    {
+                        "group": str(group),
+                        "field": field,
+                        "before": float(first.mean()),
+                        "after": float(second.mean()),
+                        **{key: change[key] for key in ("value", "n", "ci95")},
+                    }
+                )
+    return rows
+
+
+def _paired(before: Sequence[Mapping], after: Sequence[Mapping], name: str) -> list[tuple[Mapping, Mapping]]:
+    names = [key for key in ITEM_KEYS if all(key in item for item in [*before, *after])]
+    keys = [[item[names[0]] for item in side] if names else list(range(len(side))) for side in (before, after)]
+    if any(len(set(side)) < len(side) for side in keys):
+        keys = [list(range(len(side))) for side in (before, after)]
+    if set(keys[0]) != set(keys[1]):
+        odd = sorted(map(str, set(keys[0]) ^ set(keys[1])))
+        raise ValueError(
+            f"{name}: {len(before)} items before, {len(after)} after, and {len(odd)} of them stand in one only "
+            f"({', '.join(odd[:5])}). Evaluate both models on the same data with the same limit."
+        )
+    second = dict(zip(keys[1], after, strict=True))
+    return [(item, second[key]) for key, item in zip(keys[0], before, strict=True)]
+
+
+def _comparable(pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
+    """Fields that hold a bool or a finite float in some pair: counts and ids are no measurements."""
+    fields = dict.fromkeys(key for first, second in pairs for key in first if key in second)
+
+    def is_measured(key: str) -> bool:
+        values = [side[key] for pair in pairs for side in pair if side.get(key) is not None]
+        measured = all(isinstance(value, bool) for value in values) or all(
+            type(value) is float and math.isfinite(value) for value in values
+        )
+        return bool(values) and measured
+
+    return [key for key in fields if is_measured(key)]

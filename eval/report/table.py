@@ -1,0 +1,175 @@
+"""Results as a table: one for a terminal, read in ten seconds, and one in Markdown with every interval."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from biasunlearn_trainer.eval.findings import (
+    Finding,
+    Results,
+    entries_of,
+    groups_of,
+    interval,
+    judge,
+    judge_groups,
+    metrics_of,
+    number,
+    scale_of,
+    tasks_of,
+)
+
+MAX_WIDTH = 100
+MISSING = "-"
+HEADER = ("", "n", "before", "after", "95% interval", "oracle", "ideal", "verdict")
+
+# One line each on what a number means, for readers who do not know the benchmark.
+NOTES = {
+    "ambiguous": "share of questions that the input does not answer, answered so instead of by the stereotype",
+    "disambiguated": "share of questions that the input does answer, answered rightly",
+    "perception": "share of questions about what is seen, answered rightly",
+    "facts": "share of plain facts answered rightly",
+    "reliability": "share where the unbiased answer is likelier than the biased one",
+    "t_generality": "the same with the question in other words",
+    "v_generality": "the same with the picture drawn anew",
+    "t_locality": "share of unrelated text answers that are unchanged",
+    "m_locality": "share of unrelated picture answers that are unchanged",
+    "ss": "share of stereotypes preferred to anti-stereotypes, in percent; 50 is unbiased",
+    "lms": "share of meaningful sentences preferred to meaningless ones, in percent",
+    "icat": "both in one: LMS times min(SS, 100 - SS) / 50",
+}
+
+
+def terminal_table(results: Results) -> str:
+    """Draws the results for a terminal: a line a metric, no line longer than 100 columns.
+
+    Args:
+        results: {"before": result, "after": result, "oracle": result}; any may be absent.
+
+    Returns:
+        The table. Groups (bias types) come with their bias metric alone; the interval is that of the value after, or of
+        the one before where there is no other.
+    """
+    lines = [("head", HEADER)]
+    for task in tasks_of(results):
+        lines.append(("task", (task,)))
+        lines += [("row", _cells(finding, finding.metric)) for finding in judge(results) if finding.task == task]
+        groups = judge_groups(results, task)
+        for metric in dict.fromkeys(finding.metric.rsplit("/", 1)[1] for finding in groups):
+            lines.append(("task", (f"{task}: {metric} by group",)))
+            chosen = [finding for finding in groups if finding.metric.endswith(f"/{metric}")]
+            lines += [("row", _cells(finding, finding.metric.rsplit("/", 1)[0])) for finding in chosen]
+    return _aligned(lines)
+
+
+def _cells(finding: Finding, name: str) -> tuple[str, ...]:
+    scale = finding.scale
+    shown = finding.after or finding.before or finding.oracle or {}
+    ideal = shown.get("ideal")
+    values = [number(entry["value"], scale) if entry else MISSING for entry in (finding.before, finding.after)]
+    oracle = number(finding.oracle["value"], scale) if finding.oracle else MISSING
+    return (
+        f"  {name}",
+        str(shown.get("n", MISSING)),
+        *values,
+        interval(shown, scale) or MISSING,
+        oracle,
+        MISSING if ideal is None else number(ideal, scale),
+        finding.status.upper() if finding.status in ("collapse", "worse", "reversed") else finding.status,
+    )
+
+
+def _aligned(lines: Sequence[tuple[str, tuple[str, ...]]]) -> str:
+    """Sets the columns: names and verdicts to the left, numbers to the right; a long name gets a line of its own."""
+    rows = [cells for kind, cells in lines if kind != "task"]
+    numbers = range(1, len(HEADER) - 1)
+    widths = [max(len(cells[column]) for cells in rows) for column in numbers]
+    verdict_width = max(len(cells[-1]) for cells in rows)
+    room = MAX_WIDTH - sum(width + 2 for width in widths) - verdict_width - 2
+    name_width = min(max(len(cells[0]) for cells in rows), max(room, 12))
+    total = name_width + sum(width + 2 for width in widths) + 2 + verdict_width
+    drawn = []
+    for kind, cells in lines:
+        if kind == "task":
+            drawn.append(cells[0] if len(cells[0]) <= MAX_WIDTH else cells[0][: MAX_WIDTH - 1] + "…")
+            continue
+        rest = "".join(f"  {cells[column]:>{width}}" for column, width in zip(numbers, widths, strict=True))
+        rest += f"  {cells[-1]}"
+        name = cells[0]
+        while len(name) > name_width:
+            drawn.append(name[:name_width])
+            name = "    " + name[name_width:]
+        drawn.append(f"{name:<{name_width}}{rest}".rstrip())
+        if kind == "head":
+            drawn.append("-" * total)
+    return "\n".join(drawn)
+
+
+def markdown_table(results: Results, task: str, group: str | None = None) -> str:
+    """One task's metrics (or those of one of its groups) in Markdown, with interval and n of every value."""
+    states = [state for state in ("before", "after", "oracle") if state in results]
+    findings = {finding.metric: finding for finding in judge(results) if finding.task == task} if group is None else {}
+    header = ["metric", *states, "ideal", "n"] + (["verdict"] if findings else [])
+    lines = [_line(header), _line(["---"] + ["---:"] * (len(states) + 2) + (["---"] if findings else []))]
+    for metric in metrics_of(results, task, group):
+        entries = entries_of(results, task, metric, group)
+        scale = scale_of(*entries)
+        named = dict(zip(("before", "after", "oracle"), entries, strict=True))
+        known = next((entry for entry in entries if entry), {})
+        ideal = known.get("ideal")
+        cells = [f"`{cell(metric)}`", *(_value(named[state], scale) for state in states)]
+        cells += [MISSING if ideal is None else number(ideal, scale), _count(entries)]
+        lines.append(_line(cells + ([findings[metric].status] if findings else [])))
+    return "\n".join(lines)
+
+
+def groups_table(results: Results, task: str) -> str:
+    """The groups of a task (bias types) in one Markdown table; "" where it has none."""
+    names = groups_of(results, task)
+    states = [state for state in ("before", "after", "oracle") if state in results]
+    lines = [_line(["group", "metric", *states, "n"]), _line(["---", "---"] + ["---:"] * (len(states) + 1))]
+    for group in names:
+        for metric in metrics_of(results, task, group):
+            entries = entries_of(results, task, metric, group)
+            named = dict(zip(("before", "after", "oracle"), entries, strict=True))
+            values = [_value(named[state], scale_of(*entries)) for state in states]
+            lines.append(_line([cell(group), f"`{cell(metric)}`", *values, _count(entries)]))
+    return "\n".join(lines) if names else ""
+
+
+def paired_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Item-by-item changes, as `eval.compare.compare` gives them, in Markdown."""
+    lines = [_line(["group", "per item", "before", "after", "change (95% interval)", "n"])]
+    lines.append(_line(["---", "---"] + ["---:"] * 4))
+    for row in rows:
+        # Differences are written with a digit more: their interval is what matters.
+        low, high = row["ci95"]
+        change = f"{row['value']:+.3g} [{low:+.3g}, {high:+.3g}]"
+        values = [f"{row['before']:.3g}", f"{row['after']:.3g}", change, str(row["n"])]
+        lines.append(_line([cell(row["group"]), f"`{cell(row['field'])}`", *values]))
+    return "\n".join(lines)
+
+
+def notes(results: Results) -> list[str]:
+    """What the metrics of these results mean, a line each; unknown names are left out."""
+    names = dict.fromkeys(metric for task in tasks_of(results) for metric in metrics_of(results, task))
+    return [f"`{name}`: {NOTES[name]}" for name in names if name in NOTES]
+
+
+def cell(text: Any) -> str:
+    """Makes any text safe inside a Markdown table: one line, no pipes, no HTML, no code spans."""
+    text = " ".join(str(text).split())
+    for sign, safe in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "'")):
+        text = text.replace(sign, safe)
+    return text
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _value(entry: Mapping[str, Any] | None, scale: float) -> str:
+    return f"{number(entry['value'], scale)} {interval(entry, scale)}".rstrip() if entry else MISSING
+
+
+def _count(entries: Sequence[Mapping[str, Any] | None]) -> str:
+    counts = dict.fromkeys(str(entry["n"]) for entry in entries if entry and entry.get("n") is not None)
+    return " / ".join(counts) or MISSING
