@@ -11,8 +11,7 @@ import copy
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions
 from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
+from biasunlearn_trainer.models import evaluating
 from biasunlearn_trainer.streams import modality_batches
 
 logger = logging.getLogger(__name__)
@@ -36,19 +36,6 @@ def cache_home() -> Path:
     """Where things that are built once are kept: `BIASUNLEARN_CACHE`, or `biasunlearn` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "biasunlearn"
     return Path(os.environ.get("BIASUNLEARN_CACHE", default))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients, and every module back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class AdapterReference:

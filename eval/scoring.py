@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import forward_completions
-from biasunlearn_trainer.models import tokenizer_of
+from biasunlearn_trainer.models import evaluating, tokenizer_of
 
 Row = Mapping[str, Any]
 
@@ -117,13 +115,12 @@ class Scorer:
         collator = CompletionCollator(self.processing_class)
         return self._over_batches(rows, lambda batch: self._generate_batch(collator, batch, max_new_tokens), desc)
 
-    @torch.no_grad()
     def _over_batches(self, rows: Sequence[Row], work: Callable[[list[Row]], list], desc: str | None) -> list:
         """Deal the batches, and give every process the results of all rows."""
         state = PartialState()
         done: list[tuple[int, Any]] = []
         bar = tqdm(total=len(rows), desc=desc, leave=False, disable=desc is None or not state.is_main_process)
-        with _evaluation_mode(self.model), bar:
+        with evaluating(self.model), bar:
             for batches in self._batches(rows):
                 for start in range(0, len(batches), state.num_processes):
                     # With the last batches too few for all ranks, the others repeat one: under ZeRO-3 and FSDP every
@@ -179,15 +176,3 @@ class Scorer:
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is back in its own, which need not be that of the whole model."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

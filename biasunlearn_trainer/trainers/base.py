@@ -19,13 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions, text_positions
 from biasunlearn_trainer.losses import nll_loss, sequence_mean, sequence_sum, token_kl
-from biasunlearn_trainer.models import freeze_groups, load_model, load_processor, lora_targets
+from biasunlearn_trainer.models import evaluating, freeze_groups, load_model, load_processor, lora_targets
 from biasunlearn_trainer.reference import (
     AdapterReference,
     ModelReference,
     PrecomputedReference,
     ReferenceBuilder,
-    evaluating,
 )
 from biasunlearn_trainer.streams import DrawSampler, PairedStreams, modality_batches
 from biasunlearn_trainer.trainers.config import KLConfig, RetainChoiceConfig, RetainConfig, UnlearnConfig

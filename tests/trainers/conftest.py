@@ -1,6 +1,7 @@
 """`make_trainer`: any method on a tiny text or image-text model."""
 
 import pytest
+
 from biasunlearn_trainer.models import load_model
 from biasunlearn_trainer.trainers.registry import get_method
 

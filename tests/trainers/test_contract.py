@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
+
 from biasunlearn_trainer.models import load_model, load_processor
 from biasunlearn_trainer.trainers.registry import METHODS, get_method
-from peft import LoraConfig
 
 MODALITIES = ("text", "image")
 
@@ -46,7 +47,7 @@ def test_lora_saves_loads_and_evaluates(method, modality, make_trainer, text_row
     before = weights(trainer.model)
     trainer.train()
     moved = changed(before, trainer.model)
-    assert moved and all("lora_" in name and "language_model" in name or modality == "text" for name in moved)
+    assert moved and all(("lora_" in name and "language_model" in name) or modality == "text" for name in moved)
     rows = (text_rows if modality == "text" else image_rows)(4)
     measured = trainer.evaluate(rows)["eval_loss"]
     both = trainer.evaluate({"a": rows, "b": rows[:1]})
@@ -140,8 +141,9 @@ def test_conversational_rows_with_images_just_work(make_trainer, image_rows):
 
 
 def test_ten_lines_from_another_project(tiny_llama, tmp_path):
-    from biasunlearn_trainer import NPOConfig, NPOTrainer
     from datasets import Dataset
+
+    from biasunlearn_trainer import NPOConfig, NPOTrainer
 
     forget = Dataset.from_list([{"prompt": "Who was late?", "completion": " The tall one."}] * 4)
     retain = Dataset.from_list([{"prompt": "Snow is", "completion": " white."}] * 3)

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 import torch
-from biasunlearn_trainer.trainers.registry import METHODS
 from peft import LoraConfig
+
+from biasunlearn_trainer.trainers.registry import METHODS
 
 CUTS = ((4, 1), (2, 2), (1, 4))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from biasunlearn_trainer import losses
 from biasunlearn_trainer.completions import forward_completions
 from biasunlearn_trainer.trainers.dpo import REFUSALS, RefusalRows

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from biasunlearn_trainer.models import load_model
-from biasunlearn_trainer.reference import AdapterReference, ModelReference, PrecomputedReference, evaluating
 from peft import LoraConfig
+
+from biasunlearn_trainer.models import evaluating, load_model
+from biasunlearn_trainer.reference import AdapterReference, ModelReference, PrecomputedReference
 
 
 def terms(trainer):
