@@ -135,7 +135,8 @@ def _draw_lines(axes: Axes, panel: CurvePanel) -> None:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.2e}"
+    # Adding 0.0 turns -0.0 into 0.0.
+    return f"{value + 0.0:.3g}" if abs(value) < 1000 else f"{value:.2e}"
 
 
 def _style(axes: Axes, title: str, labels: bool) -> None:
