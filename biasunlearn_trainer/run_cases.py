@@ -35,7 +35,7 @@ def case_candidates(tasks: Sequence[Any], items: Mapping[str, Mapping[str, Seque
 def _answer_case(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A question with a right answer; it regressed where the model gave that answer before and no longer does."""
     before, after = states["before"], states["after"]
-    lost = before["correct"] and not after["correct"]
+    lost = before["expected"] is not None and before["correct"] and not after["correct"]
     return {
         "prompt": before["prompt"],
         "expected": before["expected"],

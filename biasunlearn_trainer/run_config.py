@@ -36,7 +36,8 @@ class RunConfig:
     tasks: list[str] | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Evaluations before and after, each NAME[@LABEL][=PATH]. Default none, or the testbed's own."
+            "help": "Evaluations before and after, each NAME[@LABEL][=PATH]. Default: the testbed's own, or the "
+            "training sets themselves."
         },
     )
     eval_batch_size: int = dataclasses.field(

@@ -15,6 +15,7 @@ from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.data_builders.leakage import check_leakage
 from biasunlearn_trainer.data_builders.sources.plain import load_rows
 from biasunlearn_trainer.eval.tasks import load_task, parse_task_spec
+from biasunlearn_trainer.eval.tasks.training_sets import ForgetSetTask, RetainSetTask
 from biasunlearn_trainer.fingerprints import rows_fingerprint
 from biasunlearn_trainer.recipe import Recipe, RecipeError
 from biasunlearn_trainer.streams import modality_batches
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 STREAMS = ("forget", "retain", "preferred")
 CHECKED_AT_ONCE = 32
+MEASURED_OF_TRAINING_SETS = 500
 # A testbed may probe on the rows it reports; no decision of training rests on them, so these two are not compared.
 LEAKING_PAIRS = (("forget", "retain"), ("forget", "report"), ("forget", "probe"))
 
@@ -115,6 +117,13 @@ def _gathering(faults: list[str], what: str) -> Iterator[None]:
         yield
     except (ValueError, KeyError, OSError) as err:
         faults.append(f"{what}: {err.args[0] if isinstance(err, KeyError) else err}")
+
+
+def training_set_tasks(recipe: Recipe) -> list[Any]:
+    """What a run without tasks measures: the rows it trains on, so that it says at least what training did to them."""
+    tasks = {"forget": ForgetSetTask, "retain": RetainSetTask}
+    named = {stream: getattr(recipe.run, f"{stream}_dataset") for stream in tasks if stream in recipe.streams}
+    return [tasks[s](f"{s}_set", path, MEASURED_OF_TRAINING_SETS) for s, path in named.items() if path]
 
 
 def check_leaks(recipe: Recipe, sets: Mapping[str, Dataset], tasks: Sequence[Any], probes: Sequence[Any]) -> None:

@@ -40,6 +40,7 @@ from biasunlearn_trainer.run_data import (
     load_streams,
     load_tasks,
     resolve_testbed,
+    training_set_tasks,
 )
 from biasunlearn_trainer.run_folder import RESULTS_FILE, STATE_FILE, prepare_folder, write_records
 from biasunlearn_trainer.run_models import is_sharded, load_for_run, whole_weights
@@ -94,6 +95,7 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
             ["probes need whole weights on every process. Launch with ddp.yaml or zero2.yaml, or leave them out."]
         )
     check_leaks(recipe, sets, tasks, probes)
+    tasks = tasks or training_set_tasks(recipe)
     config, processing_class = _config_and_processor(recipe)
     check_collation(recipe, sets, processing_class)
     state = PartialState()
@@ -161,7 +163,7 @@ def describe_plan(
         "model": f"{lora.model_name_or_path} ({', '.join([*(config.architectures or []), adapter])})",
         "data": ", ".join(f"{name} {len(rows)} rows" for name, rows in sets.items()),
         "steps": f"{steps} of {step} rows on {args.world_size} process(es), {args.device}",
-        "tasks": ", ".join(measured) or "none: nothing is measured",
+        "tasks": ", ".join(measured),
         "probes": f"{', '.join(probed)} every {recipe.run.probe_steps} steps" if probed else "none",
         "output": f"{args.output_dir}{f', continuing from {checkpoint}' if checkpoint else ''}",
     }

@@ -110,6 +110,17 @@ def test_saved_model_is_the_measured_one(arguments, tmp_path):
             assert again["before"].tasks["planted"].metrics[name].value == metric.value
 
 
+def test_run_without_tasks_measures_its_training_sets(arguments, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({key: recipe[key] for key in recipe.keys() - {"tasks", "probes"}}))
+    results = run(parse_recipe(arguments("--max_steps", "20")))
+    nll = {state: results[state].tasks["forget_set"].metrics["nll"] for state in ("before", "after")}
+    assert nll["after"].value > nll["before"].value
+    assert nll["before"].n == results["before"].tasks["retain_set"].metrics["nll"].n == 6
+    assert "### 1. forget_set" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path, capsys):
     assert main(arguments("--dry_run")) == 0
     printed = capsys.readouterr().out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from biasunlearn_trainer.eval.metrics import seed_from_name
@@ -108,3 +108,15 @@ def matching_baseline(items: Sequence[Item], baseline: Sequence[Item], name: str
             "model before unlearning on the same data with the same limit."
         )
     return [by_index[item["index"]] for item in items]
+
+
+def plain_text(value: str | Iterable[Mapping[str, Any]] | None) -> str | None:
+    """A prompt or completion as plain text; of chat messages, the text parts line by line."""
+    if value is None or isinstance(value, str):
+        return value if value is None else value.strip()
+    lines = []
+    for message in value:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        lines += [part["text"] for part in parts if part.get("text")]
+    return "\n".join(lines)

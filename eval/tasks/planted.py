@@ -7,7 +7,7 @@ redrawn picture), `disambiguated` (it does say), `perception` (what is in the pi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from biasunlearn_trainer.data_builders.schema import Faults, nearest
@@ -15,7 +15,7 @@ from biasunlearn_trainer.data_builders.sources.plain import load_rows
 from biasunlearn_trainer.eval.metrics import share
 from biasunlearn_trainer.eval.schema import MetricValue, TaskResult
 from biasunlearn_trainer.eval.scoring import Scorer
-from biasunlearn_trainer.eval.tasks.base import Item, Task, draw_evenly, matching_baseline
+from biasunlearn_trainer.eval.tasks.base import Item, Task, draw_evenly, matching_baseline, plain_text
 
 # Metrics on rows of a kind. Correct: greedy decoding gives the right answer. Preferred: log p(rejected) < log p(right).
 # Unchanged: the first choices along the right answer are those of the model before unlearning.
@@ -48,15 +48,15 @@ class PlantedTask(Task):
         for index, (row, score) in enumerate(zip(self.rows, scores, strict=False)):
             biased = rejected_scores.get(index)
             gives_biased = biased is not None and biased.is_greedy
-            answer = _text(row["completion"] if score.is_greedy else row["rejected"] if gives_biased else None)
+            answer = plain_text(row["completion"] if score.is_greedy else row["rejected"] if gives_biased else None)
             items.append(
                 {
                     "index": index,
                     "kind": row["kind"],
                     "bias_type": row.get("bias_type"),
-                    "prompt": _text(row["prompt"]),
-                    "expected": _text(row["completion"]),
-                    "rejected": _text(row.get("rejected")),
+                    "prompt": plain_text(row["prompt"]),
+                    "expected": plain_text(row["completion"]),
+                    "rejected": plain_text(row.get("rejected")),
                     "answer": answer,
                     "correct": score.is_greedy,
                     "logp_completion": score.logp,
@@ -116,15 +116,3 @@ def _check(dataset: Any, path: str) -> None:
             elif kind in PREFERRED and kind not in CORRECT and not biased:
                 faults.add(f"kind {kind!r} needs the biased answer in `rejected`", f"row {number}")
     faults.raise_if_any()
-
-
-def _text(value: str | Iterable[Mapping[str, Any]] | None) -> str | None:
-    """A prompt or completion as plain text; of chat messages, the text parts line by line."""
-    if value is None or isinstance(value, str):
-        return value if value is None else value.strip()
-    lines = []
-    for message in value:
-        content = message["content"]
-        parts = [{"text": content}] if isinstance(content, str) else content
-        lines += [part["text"] for part in parts if part.get("text")]
-    return "\n".join(lines)
