@@ -1,6 +1,9 @@
 """From a recipe to its files: dry run, refusal, resume, what a broken run keeps, faults of data and model."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -297,3 +300,20 @@ def test_processes_that_do_not_see_each_other_are_refused(arguments, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="2 processes were launched, each sees 1"):
         run(recipe)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_and_write_like_one(arguments, tmp_path):
+    words = ["--per_device_train_batch_size", "1", "--output_dir", str(tmp_path / "two")]
+    script = Path(__file__).resolve().parents[1] / "recipes" / "run.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, script, *arguments(*words)], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Report ") == 1  # the main process alone prints
+    run(parse_recipe(arguments()))
+    one, two = (load_results(tmp_path / name / "results.json")["before"].tasks["planted"] for name in ("out", "two"))
+    assert one.to_dict() == two.to_dict()
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
