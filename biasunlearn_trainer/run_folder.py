@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import yaml
 
 from biasunlearn_trainer.recipe import Recipe, RecipeError
+
+logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.resolved.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -107,6 +110,8 @@ def _checkpoint_of(recipe: Recipe, folder: Path, resume: str) -> str | None:
             raise RecipeError([f"resume_from_checkpoint: {resume} is no complete checkpoint (no {STATE_FILE} in it)."])
         return resume
     checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        logger.warning("%s holds no complete checkpoint; the run starts from the beginning.", folder)
     return str(checkpoint) if checkpoint else None
 
 

@@ -177,6 +177,12 @@ def test_another_recipe_cannot_resume(arguments):
     assert "`beta: None`" in fault
 
 
+def test_resume_without_a_checkpoint_starts_from_the_beginning_and_says_so(arguments, caplog):
+    recipe = parse_recipe(arguments("--resume_from_checkpoint", "true", "--max_steps", "1"))
+    assert set(run(recipe)) == {"before", "after"}
+    assert "no complete checkpoint" in caplog.text
+
+
 def test_named_checkpoint_has_to_be_complete(arguments, tmp_path):
     assert "no complete checkpoint" in fails(arguments("--resume_from_checkpoint", str(tmp_path / "checkpoint-3")))
 
