@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from biasunlearn_trainer.eval.scoring import Scorer
+from biasunlearn_trainer.models import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -164,16 +165,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Args:
         model: the model in training; modules may stand in different modes (a frozen tower in eval mode).
     """
-    modes = [(module, module.training) for module in model.modules()]
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
