@@ -35,7 +35,6 @@ OURS = {
     "eval": ("eval",),
     "probes": ("eval", "models"),
     "recipe": None,
-    "run": None,
     "runner": None,
 }
 # Module prefix -> third-party packages it may import when it is imported itself; None: whatever it likes.
@@ -85,7 +84,7 @@ def _outside_functions(tree):
 
 
 def rule(table, name):
-    fits = [prefix for prefix in table if not prefix or name == prefix or name.startswith((prefix + ".", prefix + "_"))]
+    fits = [prefix for prefix in table if not prefix or name == prefix or name.startswith(prefix + ".")]
     return table[max(fits, key=len)]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from biasunlearn_trainer.recipe_keys import Entry, nearest
+from biasunlearn_trainer.recipe.keys import Entry, nearest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from biasunlearn_trainer import testbed
 from biasunlearn_trainer.recipe import RecipeError, parse_recipe
 from biasunlearn_trainer.runner import run
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 PLANTED = [name for name in RECIPES if "testbed:" in (FOLDER / name).read_text()]
 REAL = sorted(set(RECIPES) - set(PLANTED))

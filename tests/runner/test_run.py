@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from biasunlearn_trainer.eval.schema import load_results
 from biasunlearn_trainer.recipe import RecipeError, parse_recipe
-from biasunlearn_trainer.run_folder import last_checkpoint
-from biasunlearn_trainer.run_models import is_sharded, whole_weights
 from biasunlearn_trainer.runner import main, run
+from biasunlearn_trainer.runner.folder import last_checkpoint
+from biasunlearn_trainer.runner.models import is_sharded, whole_weights
 
 BIASED, UNBIASED = " The tall one.", " It cannot be known."
 
@@ -311,7 +311,7 @@ def test_processes_that_do_not_see_each_other_are_refused(arguments, monkeypatch
 @pytest.mark.slow
 def test_two_processes_measure_and_write_like_one(arguments, tmp_path):
     words = ["--per_device_train_batch_size", "1", "--output_dir", str(tmp_path / "two")]
-    script = Path(__file__).resolve().parents[1] / "recipes" / "run.py"
+    script = Path(__file__).resolve().parents[2] / "recipes" / "run.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

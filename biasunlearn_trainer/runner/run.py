@@ -31,9 +31,9 @@ from biasunlearn_trainer.fingerprints import model_hash
 from biasunlearn_trainer.models import load_config, load_processor
 from biasunlearn_trainer.probes import CollapseGuard, ProbeCallback
 from biasunlearn_trainer.recipe import Recipe, RecipeError, parse_recipe
-from biasunlearn_trainer.run_cases import case_candidates
-from biasunlearn_trainer.run_config import RunConfig
-from biasunlearn_trainer.run_data import (
+from biasunlearn_trainer.recipe.config import RunConfig
+from biasunlearn_trainer.runner.cases import case_candidates
+from biasunlearn_trainer.runner.data import (
     check_collation,
     check_leaks,
     describe_data,
@@ -42,8 +42,8 @@ from biasunlearn_trainer.run_data import (
     resolve_testbed,
     training_set_tasks,
 )
-from biasunlearn_trainer.run_folder import RESULTS_FILE, STATE_FILE, prepare_folder, write_records
-from biasunlearn_trainer.run_models import is_sharded, load_for_run, whole_weights
+from biasunlearn_trainer.runner.folder import RESULTS_FILE, STATE_FILE, prepare_folder, write_records
+from biasunlearn_trainer.runner.models import is_sharded, load_for_run, whole_weights
 from biasunlearn_trainer.trainers.registry import METHODS, get_method
 
 Items = dict[str, list[dict]]

@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 from trl import ModelConfig, TrlParser
 
-from biasunlearn_trainer.recipe_keys import Entry, nearest, read_overrides, read_yaml
-from biasunlearn_trainer.recipe_values import FieldSpec, coerce_entry, field_specs
-from biasunlearn_trainer.run_config import RunConfig
+from biasunlearn_trainer.recipe.config import RunConfig
+from biasunlearn_trainer.recipe.keys import Entry, nearest, read_overrides, read_yaml
+from biasunlearn_trainer.recipe.values import FieldSpec, coerce_entry, field_specs
 from biasunlearn_trainer.trainers.registry import METHODS, get_method
 
 RENAMED = {
