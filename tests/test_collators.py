@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
-from biasunlearn_trainer.models import image_placeholder, load_processor
 from PIL import Image
 from transformers import AutoTokenizer
+
+from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
+from biasunlearn_trainer.models import image_placeholder, load_processor
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,14 @@ def test_a_real_eos_stays_visible_where_pad_is_eos(tiny_llama):
     tokenizer.pad_token = tokenizer.eos_token
     batch = CompletionCollator(tokenizer)([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "bcd"}])
     assert batch["completion_mask"].sum(1).tolist() == [2, 4]  # b EOS, b c d EOS
-    assert batch["input_ids"][0, 3] == tokenizer.eos_token_id and batch["attention_mask"][0].tolist() == [1, 1, 1, 1, 0, 0]
+    assert batch["input_ids"][0, 3] == tokenizer.eos_token_id and batch["attention_mask"][0].tolist() == [
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
 
 
 def test_a_tokenizer_without_bos_starts_an_empty_prompt_with_one(tiny_llama):
@@ -149,7 +157,10 @@ def test_refusals_name_the_row(tokenizer, processor):
         collate([{"prompt": "a", "completion": "b", "images": ["x"]}])
     with pytest.raises(ValueError, match="mixes rows with and without images"):
         CompletionCollator(processor)(
-            [{"prompt": "a", "completion": "b", "images": [Image.new("RGB", (8, 8))]}, {"prompt": "a", "completion": "b"}]
+            [
+                {"prompt": "a", "completion": "b", "images": [Image.new("RGB", (8, 8))]},
+                {"prompt": "a", "completion": "b"},
+            ]
         )
     with pytest.raises(ValueError, match="mixes plain-text and chat"):
         chat = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import forward_completions, scatter_tokens, text_positions
 from biasunlearn_trainer.models import load_model, load_processor, lora_targets
-from peft import LoraConfig, get_peft_model
 
 
 def reference_logps(model, batch):

@@ -4,16 +4,6 @@ import re
 
 import pytest
 import torch
-from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
-from biasunlearn_trainer.models import (
-    freeze_groups,
-    group_of,
-    load_config,
-    load_model,
-    load_processor,
-    lora_targets,
-    module_groups,
-)
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig, get_peft_model
 from PIL import Image as PILImage
@@ -27,6 +17,17 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
+from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
+from biasunlearn_trainer.models import (
+    freeze_groups,
+    group_of,
+    load_config,
+    load_model,
+    load_processor,
+    lora_targets,
+    module_groups,
+)
+
 
 @pytest.fixture(scope="module")
 def llava(tiny_llava):
@@ -34,7 +35,13 @@ def llava(tiny_llava):
 
 
 def qwen2_vl():
-    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 99,
+    }
     text |= {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
@@ -140,7 +147,9 @@ def test_rows_fingerprint_sees_what_the_model_sees(tmp_path):
     same = rows_fingerprint([{**row, "source": "y"} for row in rows])
     assert rows_fingerprint(rows) == same == rows_fingerprint(Dataset.from_list(rows))
     assert rows_fingerprint(rows[::-1]) != same
-    assert rows_fingerprint([{"prompt": "ab", "completion": ""}]) != rows_fingerprint([{"prompt": "a", "completion": "b"}])
+    assert rows_fingerprint([{"prompt": "ab", "completion": ""}]) != rows_fingerprint(
+        [{"prompt": "a", "completion": "b"}]
+    )
     path = tmp_path / "a.png"
     PILImage.new("RGB", (4, 4)).save(path)
     features = Features(prompt=Value("string"), completion=Value("string"), images=List(Image()))

@@ -7,8 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import biasunlearn_trainer
 import pytest
+
+import biasunlearn_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -5,9 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from biasunlearn_trainer.streams import DrawSampler, PairedStreams, align, has_images, modality_batches, order
 from datasets import Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
+
+from biasunlearn_trainer.streams import DrawSampler, PairedStreams, align, has_images, modality_batches, order
 
 
 def rows(num, pictured=False):
@@ -89,7 +90,9 @@ def test_streams_pickle():
 
 
 def test_order_depends_on_every_part_of_its_key():
-    orders = {tuple(order(20, *key)) for key in [(0, "forget", 0), (1, "forget", 0), (0, "retain", 0), (0, "forget", 1)]}
+    orders = {
+        tuple(order(20, *key)) for key in [(0, "forget", 0), (1, "forget", 0), (0, "retain", 0), (0, "forget", 1)]
+    }
     assert len(orders) == 4
 
 

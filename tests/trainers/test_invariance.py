@@ -44,7 +44,7 @@ def test_the_cut_of_a_batch_changes_no_loss(method, reduction, make_trainer):
                 reduction=reduction,
                 per_device_train_batch_size=batch,
                 gradient_accumulation_steps=steps,
-            )  # fmt: skip
+            )
         )
         for batch, steps in CUTS
     ]
