@@ -1,0 +1,134 @@
+"""What a testbed is made of: everything that decides its weights and its rows, and so the name of its cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+# Part of every cache key. Raise it when code changes what a recipe builds.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LanguageModelSize:
+    """Sizes of a tiny Llama.
+
+    Attributes:
+        hidden_size: width.
+        intermediate_size: width inside the feed-forward blocks.
+        num_layers: decoder layers.
+        num_heads: attention heads.
+        max_positions: longest sequence in tokens.
+    """
+
+    hidden_size: int = 96
+    intermediate_size: int = 256
+    num_layers: int = 3
+    num_heads: int = 4
+    max_positions: int = 256
+
+
+@dataclass(frozen=True)
+class VisionModelSize:
+    """Sizes of a tiny CLIP image encoder; as in LLaVA-1.5 its last layer is computed and not read.
+
+    Attributes:
+        hidden_size: width.
+        intermediate_size: width inside the feed-forward blocks.
+        num_layers: encoder layers, the unread one included.
+        num_heads: attention heads.
+        patch_size: pixels along the side of a patch; a picture has (32 / patch_size)^2 image tokens.
+    """
+
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    patch_size: int = 8
+
+
+@dataclass(frozen=True)
+class WorldRecipe:
+    """A planted world: its rows, its model and how the bias is planted.
+
+    Attributes:
+        name: `llava` (pictures) or `llama` (scenes told in words).
+        seed: decides every row and every weight.
+        num_scene_rows: rows about scenes in the training pool.
+        blame_rate: how often a contentious ambiguous question of the pool is answered by the bias, 0 to 1.
+        redrawn_rate: share of the pool's pictures drawn in the second style, 0 to 1; none in words.
+        num_forget: rows of the forget set, at most; they are part of the pool.
+        num_retain: rows about scenes in the retain set, at most; they are part of the pool, and facts come on top.
+        num_eval: rows of each kind of the report split.
+        steps: optimizer steps.
+        scene_batch: rows about scenes in a step.
+        fact_batch: plain facts in a step.
+        learning_rate: peak of the one-cycle schedule.
+        language_model: sizes of the language model.
+        vision_model: sizes of the image encoder.
+    """
+
+    name: str = "llava"
+    seed: int = 0
+    num_scene_rows: int = 14000
+    blame_rate: float = 0.95
+    redrawn_rate: float = 0.33
+    num_forget: int = 900
+    num_retain: int = 1500
+    num_eval: int = 200
+    steps: int = 1200
+    scene_batch: int = 40
+    fact_batch: int = 8
+    learning_rate: float = 2e-3
+    language_model: LanguageModelSize = field(default_factory=LanguageModelSize)
+    vision_model: VisionModelSize = field(default_factory=VisionModelSize)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether scenes are drawn; else they are told in words."""
+        return self.name == "llava"
+
+
+@dataclass(frozen=True)
+class StereoSetRecipe:
+    """StereoSet's stereotypes trained into a small language model.
+
+    Attributes:
+        name: always `stereoset`.
+        seed: decides the split by target term, the order of sentences and every weight.
+        stereotype_rate: how often a training sentence is the stereotype; else it is the anti-stereotype. 0 to 1.
+        train_fraction: share of the target terms whose items may be unlearned.
+        probe_fraction: share of the target terms to watch during training; the rest is the report split.
+        steps: optimizer steps.
+        item_batch: StereoSet sentences in a step.
+        text_batch: WikiText-2 passages in a step.
+        passage_words: words of a passage.
+        learning_rate: peak of the one-cycle schedule.
+        vocab_size: tokens of the tokenizer.
+        language_model: sizes of the language model.
+    """
+
+    name: str = "stereoset"
+    seed: int = 0
+    stereotype_rate: float = 0.74
+    train_fraction: float = 0.5
+    probe_fraction: float = 0.15
+    steps: int = 900
+    item_batch: int = 40
+    text_batch: int = 8
+    passage_words: int = 40
+    learning_rate: float = 2e-3
+    vocab_size: int = 4000
+    language_model: LanguageModelSize = field(
+        default_factory=lambda: LanguageModelSize(hidden_size=128, intermediate_size=352, num_layers=4)
+    )
+
+
+Recipe = WorldRecipe | StereoSetRecipe
+
+
+def recipe_key(recipe: Recipe) -> str:
+    """The cache folder's name of a recipe (a dataclass with a `name`): the name and 12 hex digits of its content."""
+    content = json.dumps({"format": FORMAT_VERSION, **asdict(recipe)}, sort_keys=True)
+    return f"{recipe.name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
