@@ -21,6 +21,7 @@ from accelerate.utils import tqdm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions
 from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
@@ -30,12 +31,6 @@ from biasunlearn_trainer.streams import modality_batches
 logger = logging.getLogger(__name__)
 
 MODES = ("auto", "adapter", "precomputed", "model")
-
-
-def cache_home() -> Path:
-    """Where things that are built once are kept: `BIASUNLEARN_CACHE`, or `biasunlearn` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "biasunlearn"
-    return Path(os.environ.get("BIASUNLEARN_CACHE", default))
 
 
 class AdapterReference:

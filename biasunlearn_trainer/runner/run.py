@@ -251,7 +251,7 @@ def _report(
     recipe: Recipe, evaluation: _Evaluation, history: list[dict], messages: Sequence[str], seconds: float
 ) -> None:
     """Writes the report and prints what a person reads first."""
-    output_dir = Path(recipe.training.output_dir)
+    output_dir, testbed = Path(recipe.training.output_dir), recipe.run.testbed
     results = {name: result.to_dict() for name, result in evaluation.results.items()}
     report = write_report(
         output_dir,
@@ -259,7 +259,7 @@ def _report(
         history=history,
         items=evaluation.items,
         cases=case_candidates(evaluation.tasks, evaluation.items),
-        title=f"{recipe.run.method} on {recipe.model.model_name_or_path}",
+        title=f"{recipe.run.method} on {f'planted {testbed}' if testbed else recipe.model.model_name_or_path}",
         seconds=seconds,
         num_cases=recipe.run.case_studies,
         seed=recipe.training.seed,

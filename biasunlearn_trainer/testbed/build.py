@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from biasunlearn_trainer.testbed.cache import MANIFEST, build_once, cache_root
+from biasunlearn_trainer.cache import cache_home
+from biasunlearn_trainer.testbed.cache import MANIFEST, build_once
 from biasunlearn_trainer.testbed.recipe import FORMAT_VERSION, Recipe, StereoSetRecipe, WorldRecipe, recipe_key
 
 RECIPES: dict[str, Recipe] = {
@@ -82,7 +83,7 @@ def build(
         FileNotFoundError: where `stereoset` finds no data.
     """
     recipe = _check(name, recipe)
-    folder = cache_root(cache_dir) / recipe_key(recipe)
+    folder = cache_home(cache_dir) / "testbeds" / recipe_key(recipe)
 
     def fill(target: Path) -> None:
         started = time.monotonic()

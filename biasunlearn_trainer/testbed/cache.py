@@ -15,12 +15,6 @@ logger = logging.getLogger(__name__)
 MANIFEST = "testbed.json"
 
 
-def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The folder of all testbeds: `cache_dir`, else $BIASUNLEARN_CACHE, else ~/.cache/biasunlearn; in it `testbeds`."""
-    root = cache_dir or os.environ.get("BIASUNLEARN_CACHE") or Path.home() / ".cache" / "biasunlearn"
-    return Path(root).expanduser().resolve() / "testbeds"
-
-
 def build_once(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Build a folder unless it is there.
 

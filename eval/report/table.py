@@ -122,8 +122,10 @@ def markdown_table(results: Results, task: str, group: str | None = None) -> str
 
 
 def groups_table(results: Results, task: str) -> str:
-    """The groups of a task (bias types) in one Markdown table; "" where it has none."""
+    """The groups of a task (bias types) in one Markdown table; "" where it has no two."""
     names = groups_of(results, task)
+    if len(names) < 2:
+        return ""  # a single group is the whole task again
     states = [state for state in ("before", "after", "oracle") if state in results]
     lines = [_line(["group", "metric", *states, "n"]), _line(["---", "---"] + ["---:"] * (len(states) + 1))]
     for group in names:
