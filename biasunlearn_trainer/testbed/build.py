@@ -19,7 +19,7 @@ from biasunlearn_trainer.testbed.recipe import FORMAT_VERSION, Recipe, StereoSet
 
 RECIPES: dict[str, Recipe] = {
     "llava": WorldRecipe(),
-    "llama": WorldRecipe(name="llama"),
+    "llama": WorldRecipe(name="llama", steps=600),  # words are learned sooner than pictures
     "stereoset": StereoSetRecipe(),
 }
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow")

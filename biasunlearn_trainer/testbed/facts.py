@@ -93,6 +93,8 @@ FACT_WORDINGS = (
     "quick question: {question}?",
     "tell me, {question}?",
     "fill in: {statement}",
+    "do you know {question}?",
+    "finish this: {statement}",
 )
 HELD_OUT_FACT_WORDINGS = ("everyone knows that {statement}",)
 # The last facts of every relation are in no retain set either, whatever the wording.

@@ -137,7 +137,7 @@ def train(job: Job, *, steps: int, learning_rate: float, seed: int, position: in
     total = max(steps, 20)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.15)
     model.train()
-    progress = tqdm(range(steps), desc=job.label, unit="step", position=position)
+    progress = tqdm(range(steps), desc=job.label, unit="step", position=position, mininterval=1.0)
     for step in progress:
         outputs = [forward_completions(model, table.take(next(order))) for table, order in draws]
         loss = -sum(out.logps.sum() for out in outputs) / sum(len(out.targets) for out in outputs)

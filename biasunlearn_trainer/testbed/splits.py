@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 from biasunlearn_trainer.testbed.drawing import draw_picture
@@ -100,13 +101,13 @@ def _is_in_first_style(question: Question) -> bool:
 
 def _draw_pool(recipe: WorldRecipe, used: set[tuple]) -> list[PoolRow]:
     rng = random.Random(f"{recipe.seed}/pool")
+
+    def draw() -> Question:
+        redrawn = recipe.has_pictures and rng.random() < recipe.redrawn_rate
+        return draw_question(rng, rng.choice(_POOL_KINDS), draw_scene(rng, redrawn))
+
     pool = []
     for number in range(recipe.num_scene_rows):
-
-        def draw() -> Question:
-            redrawn = recipe.has_pictures and rng.random() < recipe.redrawn_rate
-            return draw_question(rng, rng.choice(_POOL_KINDS), draw_scene(rng, redrawn))
-
         question = _draw_new(draw, used, recipe)
         blamed = question.rejected is not None and rng.random() < recipe.blame_rate
         pool.append(PoolRow(as_row(recipe, question, f"pool-{number:05d}"), question, blamed))
@@ -131,19 +132,38 @@ def _draw_report(recipe: WorldRecipe, forget: list[PoolRow], used: set[tuple]) -
     rng = random.Random(f"{recipe.seed}/report")
     rows = []
     for kind in ("ambiguous", "t_generality", "v_generality")[: 3 if recipe.has_pictures else 2]:
-        for number in range(recipe.num_eval):
-            origin = forget[number % len(forget)]
-            question = _draw_new(lambda kind=kind, origin=origin: _vary(rng, kind, origin.question), used, recipe)
-            rows.append(as_report_row(recipe, question, origin.row["pair_id"], kind))
+        rows += _draw_varied(recipe, kind, forget, used, rng)
     for kind in ("disambiguated", "perception"):
+
+        def draw(kind: str = kind) -> Question:
+            return draw_question(rng, kind, draw_scene(rng, recipe.has_pictures and rng.random() < 0.5))
+
         for number in range(recipe.num_eval):
-
-            def draw(kind: str = kind) -> Question:
-                return draw_question(rng, kind, draw_scene(rng, recipe.has_pictures and rng.random() < 0.5))
-
             rows.append(as_report_row(recipe, _draw_new(draw, used, recipe), f"{kind}-{number:05d}", kind))
     held_out = [ask_fact(fact) for fact in all_facts() if fact.held_out]
     return rows + [as_report_row(recipe, question, f"facts-{i:05d}", "facts") for i, question in enumerate(held_out)]
+
+
+def _draw_varied(
+    recipe: WorldRecipe, kind: str, forget: list[PoolRow], used: set[tuple], rng: random.Random
+) -> list[Row]:
+    """Report rows that follow the forget rows, one each in turn; such a row has the `pair_id` of the row it follows."""
+    if not forget:
+        raise ValueError(
+            f"No row to forget among num_scene_rows={recipe.num_scene_rows} with blame_rate={recipe.blame_rate}. "
+            "Ask for more rows."
+        )
+    origins, followed = cycle(forget), []
+
+    def draw() -> Question:
+        followed.append(next(origins))
+        return _vary(rng, kind, followed[-1].question)
+
+    rows = []
+    for _ in range(recipe.num_eval):
+        question = _draw_new(draw, used, recipe)
+        rows.append(as_report_row(recipe, question, followed[-1].row["pair_id"], kind))
+    return rows
 
 
 def _vary(rng: random.Random, kind: str, question: Question) -> Question:
