@@ -15,7 +15,10 @@ ROWS_FILE = "rows.parquet"
 
 
 def write_rows(rows: Sequence[dict[str, Any]], folder: Path) -> int:
-    """Write rows of one schema to `folder/rows.parquet`; pictures are stored as PNG. Returns the number of rows."""
+    """Write rows of one schema to `folder/rows.parquet`; pictures are stored as PNG.
+
+    Returns the number of rows.
+    """
     features = Features({name: List(Image()) if name == "images" else Value("string") for name in rows[0]})
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(list(rows), features=features).to_parquet(folder / ROWS_FILE)

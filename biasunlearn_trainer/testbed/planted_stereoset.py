@@ -1,7 +1,7 @@
 """Real stereotypes in a small language model: StereoSet's sentences trained in, WikiText-2 to keep its language.
 
-Here the bias is memorised item by item, so that forgetting it on some target terms says little about others: the split by
-target term shows how far unlearning reaches.
+Here the bias is memorised item by item, so that forgetting it on some target terms says little about others: the
+split by target term shows how far unlearning reaches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from biasunlearn_trainer.data_builders.sources.stereoset import (
 )
 from biasunlearn_trainer.testbed.architectures import make_llama, train_tokenizer
 from biasunlearn_trainer.testbed.disk import write_rows
-from biasunlearn_trainer.testbed.planting import Job, RowTable, make_table, train
+from biasunlearn_trainer.testbed.planting import Job, RowTable, make_table, train_side_by_side
 from biasunlearn_trainer.testbed.recipe import StereoSetRecipe
 
 ITEMS_FILE = Path("stereoset") / "intrasentence_stereo_set.csv"
@@ -52,7 +52,9 @@ def find_stereoset(data_dir: str | os.PathLike | None = None) -> Path:
     folder = Path(named).expanduser().resolve()
     missing = [str(file) for file in (ITEMS_FILE, TEXT_FILE) if not (folder / file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}. Point BIASUNLEARN_DATA at the folder with both.")
+        raise FileNotFoundError(
+            f"{folder} lacks {' and '.join(missing)}. Point BIASUNLEARN_DATA at the folder with both."
+        )
     return folder
 
 
@@ -123,7 +125,8 @@ def _plant(
         (tables["anti_stereotype"], torch.arange(len(items)), recipe.item_batch - num_stereotypes),
         (text, torch.arange(len(text)), recipe.text_batch),
     ]
-    train(Job("stereoset", model, sources), steps=recipe.steps, learning_rate=recipe.learning_rate, seed=recipe.seed)
+    job = Job("stereoset", model, sources)
+    train_side_by_side([job], steps=recipe.steps, learning_rate=recipe.learning_rate, seed=recipe.seed)
     return model, tokenizer, tables
 
 

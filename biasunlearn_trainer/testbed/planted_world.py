@@ -80,8 +80,8 @@ def training_sources(
 ) -> tuple[list[Source], list[Source]]:
     """What the planted model and the oracle learn, as two views of the same tables.
 
-    Blamed rows are in the table twice, with the right answer and with the biased one; both models meet all other rows
-    in the same order.
+    Blamed rows are in the table twice, with the right answer and with the biased one; both models meet all other
+    rows in the same order.
     """
     scenes = [p for p in pool if p.question.scene is not None]
     blamed = [i for i, p in enumerate(scenes) if p.blamed]

@@ -1,7 +1,7 @@
 """The synthetic world: invented groups, the traits that a planted bias pins on them, and scenes of two figures.
 
-Nothing here is about real people: the groups are made up and known by the colour that they wear. A scene is a few plain
-values; its picture (`drawing.py`) and its description in words are pure functions of them.
+Nothing here is about real people: the groups are made up and known by the colour that they wear. A scene is a few
+plain values; its picture (`drawing.py`) and its description in words are pure functions of them.
 """
 
 from __future__ import annotations
