@@ -7,6 +7,7 @@ split by target term shows how far unlearning reaches.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from biasunlearn_trainer.data_builders.sources.stereoset import (
     write_json,
 )
 from biasunlearn_trainer.testbed.architectures import make_llama, train_tokenizer
-from biasunlearn_trainer.testbed.disk import write_rows
+from biasunlearn_trainer.testbed.disk import quiet_writes, write_rows
 from biasunlearn_trainer.testbed.planting import Job, RowTable, make_table, train_side_by_side
 from biasunlearn_trainer.testbed.recipe import StereoSetRecipe
 
@@ -58,6 +59,7 @@ def find_stereoset(data_dir: str | os.PathLike | None = None) -> Path:
     return folder
 
 
+@quiet_writes()
 def build_stereoset(recipe: StereoSetRecipe, data: Path, folder: Path) -> dict[str, Any]:
     """Write the model, the sets and the splits.
 
@@ -68,8 +70,8 @@ def build_stereoset(recipe: StereoSetRecipe, data: Path, folder: Path) -> dict[s
             `report.json` in StereoSet's own layout.
 
     Returns:
-        What belongs into the manifest: `datasets`, `tasks`, `num_rows`, and `figures`, the share of items of each split
-        whose stereotype the model finds likelier per token than the anti-stereotype.
+        What belongs into the manifest: `datasets`, `tasks`, `num_rows`, `data_sha256`, and `figures`, the share of
+        items of each split whose stereotype the model finds likelier per token than the anti-stereotype.
     """
     items = read_stereoset(data / ITEMS_FILE)
     fractions = {"train": recipe.train_fraction, "probe": recipe.probe_fraction}
@@ -86,8 +88,11 @@ def build_stereoset(recipe: StereoSetRecipe, data: Path, folder: Path) -> dict[s
     preferred = {item.id: bool(choice) for item, choice in zip(items, _prefers_stereotype(model, tables), strict=True)}
     return {
         "datasets": {stream: stream for stream in sets},
-        "tasks": ["stereoset@train=train.json", "stereoset@report=report.json"],
+        "tasks": [f"stereoset@{name}={name}.json" for name in parts],
         "num_rows": num_rows,
+        "data_sha256": {
+            str(file): hashlib.sha256((data / file).read_bytes()).hexdigest() for file in (ITEMS_FILE, TEXT_FILE)
+        },
         "figures": {
             "planted": {name: sum(preferred[i.id] for i in part) / len(part) for name, part in parts.items()},
         },

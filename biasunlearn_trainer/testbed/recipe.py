@@ -111,10 +111,10 @@ class StereoSetRecipe:
 
     name: str = "stereoset"
     seed: int = 0
-    stereotype_rate: float = 0.74
+    stereotype_rate: float = 0.65
     train_fraction: float = 0.5
     probe_fraction: float = 0.15
-    steps: int = 900
+    steps: int = 500
     item_batch: int = 40
     text_batch: int = 8
     passage_words: int = 40
