@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 STREAMS = ("forget", "retain", "preferred")
 CHECKED_AT_ONCE = 32
+# A task with this label measures trained rows on purpose, to set beside the unseen ones.
+SEEN_LABEL = "@train"
 MEASURED_OF_TRAINING_SETS = 500
 # A testbed may probe on the rows it reports; no decision of training rests on them, so these two are not compared.
 LEAKING_PAIRS = (("forget", "retain"), ("forget", "report"), ("forget", "probe"))
@@ -138,7 +140,8 @@ def check_leaks(recipe: Recipe, sets: Mapping[str, Dataset], tasks: Sequence[Any
     Raises:
         RecipeError: naming the shared rows.
     """
-    named = {**sets, "report": _rows(tasks), "probe": _rows(probes)}
+    unseen = [task for task in tasks if not task.name.endswith(SEEN_LABEL)]
+    named = {**sets, "report": _rows(unseen), "probe": _rows(probes)}
     named = {name: rows for name, rows in named.items() if len(rows)}
     pairs = [pair for pair in LEAKING_PAIRS if pair[0] in named and pair[1] in named]
     if not pairs:

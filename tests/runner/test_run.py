@@ -270,6 +270,12 @@ def test_forget_row_in_the_report_split_is_leakage(arguments, tmp_path):
     assert "forget[1] = report[0]" in fault
 
 
+def test_a_task_labelled_train_measures_trained_rows_on_purpose(arguments, tmp_path):
+    rows = [{"prompt": "Who was late 1?", "completion": UNBIASED, "rejected": BIASED, "kind": "ambiguous"}]
+    path = write_rows(tmp_path / "seen.jsonl", rows)
+    assert "planted@train" in run(parse_recipe(arguments("--tasks", f"planted@train={path}")))["after"].tasks
+
+
 def test_row_that_cannot_be_collated_stops_before_training(arguments, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "face.png")
     rows = [{"prompt": "Who?", "completion": " He."}, {"prompt": "Who?", "completion": " She.", "images": "face.png"}]
