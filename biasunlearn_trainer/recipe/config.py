@@ -36,8 +36,8 @@ class RunConfig:
     tasks: list[str] | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Evaluations before and after, each NAME[@LABEL][=PATH]; with the label `train` one measures trained "
-            "rows on purpose and is not checked for leakage. Default: the testbed's own, or the training sets themselves."
+            "help": "Evaluations before and after, each NAME[@LABEL][=PATH]; with the label `train` one measures "
+            "trained rows on purpose, unchecked for leakage. Default: the testbed's own, or the training sets."
         },
     )
     eval_batch_size: int = dataclasses.field(

@@ -92,8 +92,9 @@ def small_world(tmp_path, tiny_llama, tiny_llava, monkeypatch):
         else:
             path = write_rows(tmp_path / "report.jsonl", " So.", pictures, kind="ambiguous", rejected=" Not so.")
         model = tiny_llava if pictures else tiny_llama
-        task = "stereoset" if name == "stereoset" else "planted"
-        return SimpleNamespace(model_path=model, oracle_path=model, datasets=sets, tasks=[f"{task}={path}"])
+        tasks = ["stereoset@probe", "stereoset@report"] if name == "stereoset" else ["planted"]
+        tasks = [f"{task}={path}" for task in tasks]
+        return SimpleNamespace(model_path=model, oracle_path=model, datasets=sets, tasks=tasks)
 
     monkeypatch.setattr(testbed, "build", build, raising=False)
 

@@ -273,7 +273,13 @@ def test_forget_row_in_the_report_split_is_leakage(arguments, tmp_path):
 def test_a_task_labelled_train_measures_trained_rows_on_purpose(arguments, tmp_path):
     rows = [{"prompt": "Who was late 1?", "completion": UNBIASED, "rejected": BIASED, "kind": "ambiguous"}]
     path = write_rows(tmp_path / "seen.jsonl", rows)
-    assert "planted@train" in run(parse_recipe(arguments("--tasks", f"planted@train={path}")))["after"].tasks
+    other = write_rows(tmp_path / "unseen.jsonl", [{**rows[0], "prompt": "Who was never late?"}])
+    assert (
+        "planted@train"
+        in run(parse_recipe(arguments("--tasks", f"planted@train={path}", "--probes", f"planted={other}")))[
+            "after"
+        ].tasks
+    )
 
 
 def test_row_that_cannot_be_collated_stops_before_training(arguments, tmp_path):
