@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 
 # Part of every cache key. Raise it when code changes what a recipe builds.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
