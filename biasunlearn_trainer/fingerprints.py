@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, List
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from biasunlearn_trainer.models import base_model, tokenizer_of
+from biasunlearn_trainer.models import base_model, has_fresh_adapter, tokenizer_of
 
 DIGEST_BYTES = 8
 
@@ -21,11 +21,12 @@ DIGEST_BYTES = 8
 def model_hash(model: nn.Module) -> str:
     """Digest of all weights, by name, shape, type and content.
 
-    Adapter weights do not count: a model under a fresh LoRA adapter has the digest of its base.
+    A LoRA adapter that changes nothing yet does not count: under it a model has the digest of its base.
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    fresh = has_fresh_adapter(model)
     for name, tensor in sorted(base_model(model).state_dict().items()):
-        if "lora_" in name:
+        if fresh and "lora_" in name:
             continue
         digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -243,6 +243,12 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def has_fresh_adapter(model: nn.Module) -> bool:
+    """Whether a LoRA adapter is on the model that does not change it yet: every B is zero, as it is at the start."""
+    ups = [value for name, value in model.named_parameters() if "lora_B" in name or "lora_embedding_B" in name]
+    return bool(ups) and not any(value.detach().any() for value in ups)
+
+
 def group_of(name: str, groups: dict[str, list[str]]) -> str:
     """The group of a parameter or module: that of the longest prefix that fits."""
     fits = [(len(prefix), group) for group, prefixes in groups.items() for prefix in prefixes if _inside(name, prefix)]

@@ -19,7 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions, text_positions
 from biasunlearn_trainer.losses import nll_loss, sequence_mean, sequence_sum, token_kl
-from biasunlearn_trainer.models import evaluating, freeze_groups, load_model, load_processor, lora_targets
+from biasunlearn_trainer.models import (
+    evaluating,
+    freeze_groups,
+    has_fresh_adapter,
+    load_model,
+    load_processor,
+    lora_targets,
+)
 from biasunlearn_trainer.reference import (
     AdapterReference,
     ModelReference,
@@ -153,6 +160,7 @@ class UnlearnTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
         self._reference_model = reference_model
+        self._has_fresh_adapter = has_fresh_adapter(self.model)
         self.reference = None
         self._check_reference()
 
@@ -399,7 +407,7 @@ class UnlearnTrainer(Trainer):
         """`adapter`, `precomputed` or `model`: what `args.reference` comes to for this model and method."""
         if self.args.reference != "auto":
             return self.args.reference
-        if isinstance(self.model, PeftModel) and not self.has_reference_model:
+        if self._has_fresh_adapter and not self.has_reference_model:
             return "adapter"
         return "model" if "logits" in self.references(self.args).values() else "precomputed"
 
@@ -414,6 +422,10 @@ class UnlearnTrainer(Trainer):
             raise ValueError(
                 "reference='adapter' switches the model's own PEFT adapter off: it needs a `peft_config` (or use_peft) "
                 "and no other reference model. Use 'precomputed' or 'model'."
+            )
+        if self.reference_mode == "adapter" and not self._has_fresh_adapter:
+            logger.warning(
+                "The model's adapter is trained already; reference='adapter' compares with the base below it."
             )
         if self.reference_mode == "precomputed" and "logits" in needs.values():
             raise ValueError(

@@ -1,9 +1,12 @@
 """Three forms of one reference policy."""
 
+import math
+
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
+from biasunlearn_trainer.fingerprints import model_hash
 from biasunlearn_trainer.models import evaluating, load_model
 from biasunlearn_trainer.reference import AdapterReference, ModelReference, PrecomputedReference
 
@@ -59,6 +62,20 @@ def test_auto_takes_the_cheapest(method, lora, expected, make_trainer):
     trainer = make_trainer(method, peft_config=LoraConfig(r=2) if lora else None, max_steps=1)
     trainer.train()
     assert trainer.reference is None if expected is None else type(trainer.reference) is expected
+
+
+def test_an_adapter_that_is_trained_already_belongs_to_the_reference(make_trainer, tiny_llama, caplog):
+    """Unlearning goes on from an adapter: the model before unlearning is base plus adapter, not the base alone."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    trained = get_peft_model(load_model(str(tiny_llama)), config)
+    trainer = make_trainer("npo", model=trained, max_steps=1)
+    assert trainer.reference_mode == "precomputed"
+    trainer.train()
+    first = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert first["loss/forget"] == pytest.approx(2 / 0.1 * math.log(2), rel=1e-5)  # policy == reference
+    assert model_hash(trained) != model_hash(load_model(str(tiny_llama)))
+    assert make_trainer("npo", model=trained, reference="adapter").reference_mode == "adapter"
+    assert "is trained already" in caplog.text
 
 
 def test_the_table_is_kept_and_remade_for_another_model_or_set(make_trainer, tmp_path, tiny_llama):
