@@ -105,7 +105,7 @@ def _base_of(adapter_path: str) -> str:
 def _put_on(base: PreTrainedModel, adapter_path: str) -> PeftModel:
     if not (Path(adapter_path) / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise OSError(f"{adapter_path} holds no {SAFETENSORS_WEIGHTS_NAME}; adapters are read from safetensors only.")
-    return PeftModel.from_pretrained(base, adapter_path)
+    return PeftModel.from_pretrained(base, adapter_path, is_trainable=True)  # unlearning may go on from it
 
 
 def _auto_class(config: PreTrainedConfig) -> type:

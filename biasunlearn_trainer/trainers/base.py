@@ -381,6 +381,10 @@ class UnlearnTrainer(Trainer):
         if isinstance(model, PeftModel):
             if peft_config is not None:
                 raise ValueError("The model has an adapter already; give either that or a `peft_config`, not both.")
+            if not any(parameter.requires_grad for parameter in model.parameters()):
+                raise ValueError(
+                    "The adapter is frozen: load it with `PeftModel.from_pretrained(..., is_trainable=True)`."
+                )
             return model
         if peft_config is None:
             freeze_groups(model, args.trainable_groups)

@@ -76,6 +76,8 @@ def test_an_adapter_that_is_trained_already_belongs_to_the_reference(make_traine
     assert model_hash(trained) != model_hash(load_model(str(tiny_llama)))
     assert make_trainer("npo", model=trained, reference="adapter").reference_mode == "adapter"
     assert "is trained already" in caplog.text
+    with pytest.raises(ValueError, match="The adapter is frozen"):
+        make_trainer("npo", model=trained.requires_grad_(False))
 
 
 def test_the_table_is_kept_and_remade_for_another_model_or_set(make_trainer, tmp_path, tiny_llama):
