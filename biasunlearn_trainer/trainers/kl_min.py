@@ -48,9 +48,9 @@ class KLMinTrainer(UnlearnTrainer):
     config_class: ClassVar = KLMinConfig
 
     @classmethod
-    def streams(cls, args: UnlearnConfig) -> tuple[str, ...]:
-        """The forget set, and the retain set where the KL is taken there."""
-        return ("forget", "retain") if args.kl_stream == "retain" else ("forget",)
+    def retain_loss(cls, args: UnlearnConfig) -> str:
+        """The KL, where it is taken on the retain set."""
+        return "kl" if args.kl_stream == "retain" else "none"
 
     @classmethod
     def references(cls, args: UnlearnConfig) -> dict[str, str]:
@@ -66,12 +66,6 @@ class KLMinTrainer(UnlearnTrainer):
                 result = self.forward(model, batch, "forget", self.args.kl_positions)
             terms["kl/forget"] = self.kl(result)
         return terms
-
-    def retain_terms(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """(B,) `kl/retain`, where the KL is taken on the retain set."""
-        if self.args.kl_stream == "forget":
-            return {}
-        return {"kl/retain": self.kl(self.forward(model, batch, "retain", self.args.kl_positions))}
 
     def weight(self, name: str) -> float:
         """`retain_weight` for the KL, on whichever set it is taken; `forget_weight` for the ascent."""
