@@ -5,7 +5,10 @@ Public names are looked up when they are first used, so that `import biasunlearn
 
 from importlib import import_module
 
+from biasunlearn_trainer.torchvision_operators import watch_import
 from biasunlearn_trainer.version import __version__
+
+watch_import()  # before anything of transformers is imported, which reaches for torchvision
 
 _PUBLIC = {
     "UnlearnConfig": "trainers.base",

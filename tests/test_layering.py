@@ -12,7 +12,8 @@ HEAVY = {"torch", "transformers", "trl", "peft", "accelerate", "datasets", "eval
 
 # Module prefix -> what of ours it may import. The longest prefix that fits a module counts.
 OURS = {
-    "": (),
+    "": ("torchvision_operators",),
+    "torchvision_operators": (),
     "version": (),
     "cache": (),
     "losses": ("losses",),
