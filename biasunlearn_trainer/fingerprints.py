@@ -18,13 +18,16 @@ from biasunlearn_trainer.models import base_model, has_fresh_adapter, tokenizer_
 DIGEST_BYTES = 8
 
 
-def model_hash(model: nn.Module) -> str:
+def model_hash(model: nn.Module, skip_fresh_adapter: bool = True) -> str:
     """Digest of all weights, by name, shape, type and content.
 
-    A LoRA adapter that changes nothing yet does not count: under it a model has the digest of its base.
+    Args:
+        model: inside PEFT or not.
+        skip_fresh_adapter: leave a LoRA adapter out that changes nothing yet: under it a model has the digest of its
+            base.
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    fresh = has_fresh_adapter(model)
+    fresh = skip_fresh_adapter and has_fresh_adapter(model)
     for name, tensor in sorted(base_model(model).state_dict().items()):
         if fresh and "lora_" in name:
             continue

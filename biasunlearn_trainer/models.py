@@ -7,6 +7,7 @@ encoder, and the image placeholder from what the processor's chat template write
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 GROUPS = ("language_model", "connector", "vision_tower")
 ADAPTER_FILE = "adapter_config.json"
+FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
 
 
 def load_config(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -138,17 +141,28 @@ def load_processor(
     return processing_class
 
 
+def is_sharded() -> bool:
+    """Whether training spreads the weights over the processes (ZeRO-3, FSDP)."""
+    return hf_deepspeed.is_deepspeed_zero3_enabled() or os.environ.get(FSDP_VARIABLE, "").lower() == "true"
+
+
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off and no gradients; every module is back in its own mode afterwards, which need not be the model's."""
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module is back in its own mode afterwards, which need not be the model's."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradients, until the end of the block."""
+    with without_dropout(model), torch.no_grad():
+        yield
 
 
 @contextmanager

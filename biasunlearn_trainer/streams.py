@@ -269,10 +269,19 @@ class DrawSampler(Sampler[int]):
         return self.draws_per_epoch
 
 
-def modality_batches(rows: Sequence[Mapping[str, Any]], batch_size: int) -> list[list[int]]:
-    """Cut a set into batches of row numbers, each with images or without, in the set's order."""
-    pictured = has_images(rows)
+def modality_batches(
+    rows: Sequence[Mapping[str, Any]], batch_size: int, numbers: np.ndarray | None = None
+) -> list[list[int]]:
+    """Cut a set into batches of row numbers, each with images or without.
+
+    Args:
+        rows: the set.
+        batch_size: rows of a batch, at most.
+        numbers: (n,) the order in which rows are taken; the set's own where None.
+    """
+    numbers = np.arange(len(rows)) if numbers is None else numbers
+    pictured = has_images(rows)[numbers]
     batches = []
-    for indices in (np.flatnonzero(pictured), np.flatnonzero(~pictured)):
+    for indices in (numbers[pictured], numbers[~pictured]):
         batches += [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
     return batches

@@ -24,7 +24,18 @@ OURS = {
     "transfer": ("models",),
     "collators": ("models", "collators"),
     "reference": ("cache", "models", "collators", "completions", "fingerprints", "streams"),
-    "trainers": ("losses", "models", "streams", "collators", "completions", "fingerprints", "reference", "trainers"),
+    "saliency": ("losses", "cache", "models", "collators", "completions", "fingerprints", "streams", "saliency"),
+    "trainers": (
+        "losses",
+        "models",
+        "streams",
+        "collators",
+        "completions",
+        "fingerprints",
+        "reference",
+        "saliency",
+        "trainers",
+    ),
     "testbed": (
         "models",
         "streams",
@@ -133,7 +144,7 @@ def test_imports_keep_to_their_layer(module, path):
 
 
 def test_a_method_imports_no_other_method():
-    shared = {"base", "config", "steering"}
+    shared = {"base", "config", "masking", "referring", "steering"}
     for module, path in MODULES:
         name = module.removeprefix(f"{PACKAGE}.trainers.")
         if name == module or name in shared | {"registry"}:

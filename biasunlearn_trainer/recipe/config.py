@@ -9,6 +9,8 @@ TRANSFER_KEYS = (
     "transfer_adapter_from",
     "testbed",
     "testbed_model",
+    "testbed_seed",
+    "testbed_split",
     "tasks",
     "eval_batch_size",
     "oracle_model",
@@ -39,9 +41,11 @@ class RunConfig:
 
     method: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Unlearning method: ga, ga_diff, kl_min, npo, simnpo, dpo, biasunlearn. Required."},
+        metadata={
+            "help": "Unlearning method: ga, ga_diff, kl_min, npo, simnpo, dpo, biasunlearn, mmunlearner. Required."
+        },
     )
-    testbed: Literal["llava", "llama", "traits", "stereoset"] | None = dataclasses.field(
+    testbed: Literal["llava", "llama", "traits", "stereoset", "entities"] | None = dataclasses.field(
         default=None,
         metadata={
             "help": "Planted-bias world that gives the model, oracle, datasets and tasks that the recipe leaves out. "
@@ -53,6 +57,20 @@ class RunConfig:
         metadata={
             "help": "Which of the testbed's models: the one with the planted bias, or its instruction-tuned sibling, "
             "with the tasks for that one added (traits has one). Default the planted one, which all testbeds have."
+        },
+    )
+    testbed_seed: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Another seed of the testbed: another world and other weights, built and kept beside the others. "
+            "Default none: the testbed's own, 0."
+        },
+    )
+    testbed_split: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Which forget split of the testbed gives the datasets and tasks (entities: forget05_0 to "
+            "forget15_3, percent of the people and number of the draw). Default none: the testbed's first."
         },
     )
     transfer_adapter_from: str | None = dataclasses.field(
@@ -81,6 +99,13 @@ class RunConfig:
     utility_dataset: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Text that has nothing to do with the bias, on which biasunlearn keeps the model as it is."},
+    )
+    preserve_dataset: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "What a saliency mask that the run builds protects, in the same forms as forget_dataset. Default: "
+            "the testbed's own, or else the retain set, or else the utility set."
+        },
     )
     tasks: list[str] | None = dataclasses.field(
         default=None,
@@ -173,5 +198,8 @@ class RunConfig:
                 faults.append(f"`{name}` must be {limit}, got {value}.")
         if self.testbed_model != "planted" and self.testbed is None:
             faults.append(f"`testbed_model` is {self.testbed_model}, but no `testbed` is set. Set one, or drop it.")
+        for name in ("testbed_seed", "testbed_split"):
+            if getattr(self, name) is not None and self.testbed is None:
+                faults.append(f"`{name}` is {getattr(self, name)}, but no `testbed` is set. Set one, or drop it.")
         if faults:
             raise ValueError("\n".join(faults))

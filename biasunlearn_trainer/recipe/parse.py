@@ -25,7 +25,7 @@ from trl import ModelConfig, TrlParser
 from biasunlearn_trainer.recipe.config import TRANSFER_KEYS, RunConfig
 from biasunlearn_trainer.recipe.keys import Entry, nearest, read_overrides, read_yaml
 from biasunlearn_trainer.recipe.values import FieldSpec, coerce_entry, field_specs
-from biasunlearn_trainer.trainers.config import UnlearnConfig
+from biasunlearn_trainer.trainers.config import BUILT_MASKS, UnlearnConfig
 from biasunlearn_trainer.trainers.registry import METHODS, get_method
 
 RENAMED = {
@@ -83,7 +83,10 @@ class Recipe:
     @property
     def streams(self) -> tuple[str, ...]:
         """The sets of rows that the method takes with these settings."""
-        return self.trainer_class.streams(self.training) if self.trainer_class else ()
+        if self.trainer_class is None:
+            return ()
+        preserve = ("preserve",) if self.training.saliency_mask in BUILT_MASKS else ()
+        return (*self.trainer_class.streams(self.training), *preserve)
 
     def fill(self, key: str, value: Any) -> None:
         """Sets a key that the recipe leaves out; what the recipe says stays."""

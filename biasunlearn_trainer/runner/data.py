@@ -23,7 +23,7 @@ from biasunlearn_trainer.streams import modality_batches
 
 logger = logging.getLogger(__name__)
 
-STREAMS = ("forget", "retain", "preferred", "utility")
+STREAMS = ("forget", "retain", "preferred", "utility", "preserve")
 CHECKED_AT_ONCE = 32
 # A set of the testbed under another stream's name: `utility_dataset: testbed:retain`.
 TESTBED_PREFIX = "testbed:"
@@ -32,7 +32,7 @@ SEEN_LABEL = "@train"
 MEASURED_OF_TRAINING_SETS = 500
 # A testbed may probe on the rows it reports where no decision rests on the probe; a bias probe steers the training, so
 # its rows must be others.
-LEAKING_PAIRS = (("forget", "retain"), ("forget", "utility"), ("forget", "report"), ("forget", "probe"))
+LEAKING_PAIRS = tuple(("forget", other) for other in ("retain", "utility", "preserve", "report", "probe"))
 STEERING_PAIRS = (("probe", "report"),)
 
 
@@ -43,7 +43,7 @@ def resolve_testbed(recipe: Recipe) -> None:
         recipe: changed in place: model, oracle, the datasets of the method's streams, and tasks.
 
     Raises:
-        RecipeError: the recipe asks for an instruction-tuned sibling, and the testbed has none.
+        RecipeError: the recipe asks for an instruction-tuned sibling or a split that the testbed does not have.
     """
     if recipe.run.testbed is None:
         return
@@ -51,7 +51,12 @@ def resolve_testbed(recipe: Recipe) -> None:
 
     # One process builds, the others wait and find the cache.
     with PartialState().main_process_first():
-        world = build(recipe.run.testbed)
+        world = build(recipe.run.testbed, seed=recipe.run.testbed_seed)
+    if recipe.run.testbed_split is not None:
+        try:
+            world = world.with_split(recipe.run.testbed_split)
+        except ValueError as err:
+            raise RecipeError([f"testbed_split: {err}"], recipe.source) from err
     model, tasks = world.model_path, list(world.tasks)
     if recipe.run.testbed_model == "instruct":
         if not world.instruct_path:

@@ -10,10 +10,8 @@ import torch
 from transformers.integrations import deepspeed as hf_deepspeed
 from trl import get_quantization_config
 
-from biasunlearn_trainer.models import load_model
+from biasunlearn_trainer.models import FSDP_VARIABLE, is_sharded, load_model
 from biasunlearn_trainer.recipe import Recipe
-
-FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
 
 
 def load_for_run(recipe: Recipe, source: str) -> torch.nn.Module:
@@ -38,11 +36,6 @@ def load_for_run(recipe: Recipe, source: str) -> torch.nn.Module:
         trust_remote_code=recipe.run.trust_remote_code,
     )
     return loaded if quantization is not None or is_sharded() else loaded.to(recipe.training.device)
-
-
-def is_sharded() -> bool:
-    """Whether training spreads the weights over the processes (ZeRO-3, FSDP); False inside `whole_weights`."""
-    return hf_deepspeed.is_deepspeed_zero3_enabled() or os.environ.get(FSDP_VARIABLE, "").lower() == "true"
 
 
 @contextmanager

@@ -88,6 +88,7 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
     """
     started = time.monotonic()
     _check_world_size(recipe)
+    _check_masking(recipe)
     resolve_testbed(recipe)
     sets = load_streams(recipe)
     tasks, probes, bias_probe = load_tasks(recipe)
@@ -126,6 +127,14 @@ def _check_world_size(recipe: Recipe) -> None:
     if launched != seen:
         hint = "On a CPU, DeepSpeed needs `use_cpu: true` in the recipe."
         raise RecipeError([f"{launched} processes were launched, each sees {seen}. {hint}"])
+
+
+def _check_masking(recipe: Recipe) -> None:
+    if recipe.trainer_class is not None:
+        try:
+            recipe.trainer_class.check_masking(recipe.training)
+        except ValueError as err:
+            raise RecipeError([str(err)], recipe.source) from err
 
 
 def _config_and_processor(recipe: Recipe) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ collates the streams, runs the model, weighs, averages, sums and logs the terms.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,19 +24,16 @@ from biasunlearn_trainer.losses import nll_loss, sequence_mean, sequence_sum, to
 from biasunlearn_trainer.models import (
     evaluating,
     freeze_groups,
-    has_fresh_adapter,
     load_model,
     load_processor,
     lora_targets,
 )
-from biasunlearn_trainer.reference import (
-    AdapterReference,
-    ModelReference,
-    PrecomputedReference,
-    ReferenceBuilder,
-)
+from biasunlearn_trainer.reference import PrecomputedReference
+from biasunlearn_trainer.saliency import SaliencyMask
 from biasunlearn_trainer.streams import DrawSampler, PairedStreams, modality_batches
 from biasunlearn_trainer.trainers.config import KLConfig, RetainChoiceConfig, RetainConfig, UnlearnConfig
+from biasunlearn_trainer.trainers.masking import SaliencyMasking
+from biasunlearn_trainer.trainers.referring import ReferencePolicy
 
 __all__ = [
     "KLConfig",
@@ -80,7 +78,7 @@ class SequenceLogps:
         return self.output.lengths
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(SaliencyMasking, ReferencePolicy, Trainer):
     """Base of the unlearning trainers.
 
     A method overrides `loss_terms`, and `streams` and `references` where it needs more than the forget set. (Overriding
@@ -99,6 +97,9 @@ class UnlearnTrainer(Trainer):
         peft_config: put an adapter on the model; without `target_modules` it goes on the linear layers of
             `args.trainable_groups`.
         reference_model: another model as the reference policy.
+        preserve_dataset: what a saliency mask that is built here protects; the retain set where None.
+        saliency_mask: the weights that forgetting may move: a mask, its file, or `fisher` or `random` to build one;
+            `args.saliency_mask` where None.
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
 
@@ -123,10 +124,13 @@ class UnlearnTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
         peft_config: PeftConfig | None = None,
         reference_model: str | PreTrainedModel | None = None,
+        preserve_dataset: Rows | None = None,
+        saliency_mask: SaliencyMask | str | os.PathLike | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ):
         args = args if args is not None else self.config_class(output_dir="unlearned")
+        self.check_masking(args, saliency_mask)
         given = {
             "forget": forget_dataset,
             "retain": retain_dataset,
@@ -170,11 +174,8 @@ class UnlearnTrainer(Trainer):
         self.loss_is_scaled_for_ga = True if type(self).compute_loss is UnlearnTrainer.compute_loss else None
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-        self._reference_model = reference_model
-        self._has_fresh_adapter = has_fresh_adapter(self.model)
-        self.reference: dict[str, AdapterReference | ModelReference | PrecomputedReference] = {}
-        self._check_reference()
+        self._begin_reference(reference_model)
+        self._begin_masking(self.model, saliency_mask, preserve_dataset)
 
     # What a method says of itself.
 
@@ -270,7 +271,8 @@ class UnlearnTrainer(Trainer):
         inputs = batch[stream]
         if positions == "all_text":
             inputs = {**inputs, "completion_mask": text_positions(inputs, self.collator.image_token_id)}
-        result = SequenceLogps(stream, positions, forward_completions(model, inputs))
+        with self.masked(stream):
+            result = SequenceLogps(stream, positions, forward_completions(model, inputs))
         self.record(f"logps/{stream}", result.policy)
         if stream not in self.references(self.args):
             return result
@@ -426,7 +428,7 @@ class UnlearnTrainer(Trainer):
                 f"{', '.join(f'{name}_dataset' for name in needed)}."
             )
 
-    # Model and reference.
+    # Model.
 
     def _prepare_model(self, model: nn.Module, args: UnlearnConfig, peft_config: PeftConfig | None) -> nn.Module:
         if isinstance(model, PeftModel):
@@ -452,72 +454,8 @@ class UnlearnTrainer(Trainer):
             model.enable_input_require_grads()  # or checkpointed blocks before the first adapter would pass no gradient
         return get_peft_model(model, peft_config)
 
-    @property
-    def has_reference_model(self) -> bool:
-        """Whether the reference is another model than the policy before unlearning."""
-        return self._reference_model is not None or self.args.reference_model_name_or_path is not None
-
-    def reference_mode(self, stream: str) -> str:
-        """`adapter`, `precomputed` or `model`: what `args.reference` comes to on a stream."""
-        has_own_adapter = self._has_fresh_adapter and not self.has_reference_model
-        mode = self.args.reference
-        if mode == "auto":
-            mode = "adapter" if has_own_adapter else "precomputed"
-        if mode == "precomputed" and self.references(self.args)[stream] == "logits":
-            return "adapter" if has_own_adapter else "model"  # whole distributions are not kept
-        return mode
-
-    def _check_reference(self) -> None:
-        other = self.has_reference_model
-        needs = self.references(self.args)
-        if not needs:
-            if other:
-                raise ValueError(f"{type(self).__name__} with these settings uses no reference policy; one was given.")
-            return
-        if self.args.reference == "adapter" and (other or not isinstance(self.model, PeftModel)):
-            raise ValueError(
-                "reference='adapter' switches the model's own PEFT adapter off: it needs a `peft_config` (or use_peft) "
-                "and no other reference model. Use 'precomputed' or 'model'."
-            )
-        if self.args.reference == "adapter" and not self._has_fresh_adapter:
-            logger.warning(
-                "The model's adapter is trained already; reference='adapter' compares with the base below it."
-            )
-        if self.args.reference == "precomputed" and "logps" not in needs.values():
-            raise ValueError(
-                "reference='precomputed' keeps one number per row, but a KL needs the reference's whole distribution. "
-                "Use 'adapter' (with LoRA) or 'model'."
-            )
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, after the reference policy has been made from the model as it is before any checkpoint is loaded."""
+        """Train; reference and saliency mask are made of the model as it is before any checkpoint is loaded."""
         self.prepare_reference()
+        self.prepare_saliency()
         return super().train(*args, **kwargs)
-
-    def prepare_reference(self) -> None:
-        """Makes the reference policy of each stream that needs one, from the model as it is now; once."""
-        modes = {stream: self.reference_mode(stream) for stream in self.references(self.args)}
-        if not modes or self.reference:
-            return
-        other = self._reference_model or self.args.reference_model_name_or_path
-        if isinstance(other, str):
-            other = load_model(other, dtype=self.model.dtype)
-        made: dict[str, Any] = {}
-        if "adapter" in modes.values():
-            made["adapter"] = AdapterReference()
-        if "precomputed" in modes.values():
-            builder = ReferenceBuilder(
-                (other if other is not None else self.model).to(self.args.device),
-                self.collator,
-                self.accelerator,
-                self.args.per_device_eval_batch_size,
-                self.args.reference_cache_dir,
-            )
-        if "model" in modes.values():
-            made["model"] = ModelReference(other) if other is not None else ModelReference.of(self.model)
-        self.reference = {
-            stream: PrecomputedReference(builder.table(stream, self.reference_rows(stream)))
-            if mode == "precomputed"
-            else made[mode]
-            for stream, mode in modes.items()
-        }

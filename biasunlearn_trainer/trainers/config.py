@@ -9,9 +9,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from biasunlearn_trainer.reference import MODES
+from biasunlearn_trainer.saliency import FISHERS, SCOPES, SaliencySettings
 
 REDUCTIONS = ("sequence_mean", "token_mean")
 RETAIN_LOSSES = ("nll", "kl", "none")
+# The masks that a run builds itself; every other value of `saliency_mask` is a file.
+BUILT_MASKS = ("fisher", "random")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -83,6 +86,51 @@ class UnlearnConfig(TrainingArguments):
             "10 gives ten points on the curve of a 100-step run."
         },
     )
+    saliency_mask: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which weights forgetting may move: `fisher` (those that matter more for the forget set than for "
+            "the preserve set), `random` (as many of each weight, drawn at random: the control for it), or the file of "
+            "a mask. None: all."
+        },
+    )
+    mask_scope: str = field(
+        default="forget",
+        metadata={
+            "help": "What the mask covers: `forget`, the gradient of the forget loss (MMUnlearner eq. 3); `update`, "
+            "the whole update: other weights stay bit-identical, at the price of a second copy of them.",
+            "choices": [*SCOPES],
+        },
+    )
+    saliency_threshold: float = field(
+        default=1.0,
+        metadata={
+            "help": "Smallest ratio of the Fisher values on forget and preserve set of a salient weight (eq. 7: 1)."
+        },
+    )
+    saliency_fisher: str = field(
+        default="per_sample",
+        metadata={
+            "help": "`per_sample`: mean of squared gradients of rows, the Fisher diagonal; `per_batch`: of micro-"
+            "batches, as in MMUnlearner's code.",
+            "choices": [*FISHERS],
+        },
+    )
+    saliency_batch_size: int = field(
+        default=4, metadata={"help": "Rows of a micro-batch of the `per_batch` Fisher (MMUnlearner's code: 4)."}
+    )
+    saliency_epsilon: float = field(
+        default=1e-30,
+        metadata={"help": "Smallest Fisher value that is told from 0; 1e-30 is the square of a gradient of 1e-15."},
+    )
+    saliency_one_pass: bool = field(
+        default=False,
+        metadata={"help": "Hold both Fisher diagonals in memory; else the first waits in a file of 4 bytes a weight."},
+    )
+    saliency_seed: int = field(default=0, metadata={"help": "Which draw a `random` mask is."})
+    saliency_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where masks are kept. None: `saliency` in the library's cache folder."}
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Columns are read by name by the collator; rows must reach it whole."},
@@ -97,6 +145,8 @@ class UnlearnConfig(TrainingArguments):
     def __post_init__(self):
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("reference", self.reference, MODES)
+        check_choice("mask_scope", self.mask_scope, SCOPES)
+        self.saliency_settings()
         if self.probe_steps < 1:
             raise ValueError(f"`probe_steps` must be at least 1, got {self.probe_steps}.")
         super().__post_init__()
@@ -106,6 +156,22 @@ class UnlearnConfig(TrainingArguments):
             kwargs = {**(self.activation_checkpointing_kwargs or {}), "use_reentrant": False}
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = kwargs
         self.remove_unused_columns = False
+
+    def saliency_settings(self) -> SaliencySettings:
+        """How a saliency mask is made.
+
+        Raises:
+            ValueError: where one of the values is out of range.
+        """
+        return SaliencySettings(
+            threshold=self.saliency_threshold,
+            fisher=self.saliency_fisher,
+            batch_size=self.saliency_batch_size,
+            epsilon=self.saliency_epsilon,
+            one_pass=self.saliency_one_pass,
+            # Rows one by one give the same sums in any order.
+            seed=self.seed if self.saliency_fisher == "per_batch" else 0,
+        )
 
 
 @dataclass

@@ -16,6 +16,7 @@ METHODS = {
     "dpo": ("dpo", "UnlearnDPOTrainer"),
     "idk_dpo": ("dpo", "UnlearnDPOTrainer"),  # the name in Maini 2024
     "biasunlearn": ("biasunlearn", "BiasUnlearnTrainer"),
+    "mmunlearner": ("mmunlearner", "MMUnlearnerTrainer"),
 }
 
 

@@ -16,6 +16,7 @@ def make_trainer(tiny_llama, tiny_llava, text_rows, image_rows, tmp_path):
         defaults = {
             "output_dir": str(tmp_path / "out"),
             "reference_cache_dir": str(tmp_path / "references"),
+            "saliency_cache_dir": str(tmp_path / "saliency"),
             "per_device_train_batch_size": 2,
             "max_steps": 3,
             "learning_rate": 1e-3,

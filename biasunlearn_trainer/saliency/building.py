@@ -1,0 +1,196 @@
+"""From two sets of rows to a mask, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch import Tensor, nn
+
+from biasunlearn_trainer.cache import cache_home
+from biasunlearn_trainer.collators import CompletionCollator
+from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
+from biasunlearn_trainer.models import without_dropout
+from biasunlearn_trainer.saliency.fisher import add_squared_gradients, empty_sums
+from biasunlearn_trainer.saliency.masks import SaliencyMask
+from biasunlearn_trainer.streams import modality_batches, order
+from biasunlearn_trainer.version import __version__
+
+logger = logging.getLogger(__name__)
+
+FISHERS = ("per_sample", "per_batch")
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class SaliencySettings:
+    """How a mask is made.
+
+    Attributes:
+        threshold: smallest ratio S_T / S_P of a salient weight, above 0 (the paper: 1).
+        fisher: `per_sample`, the mean over rows of squared gradients; or `per_batch`, the mean over micro-batches of
+            the squared gradient of their mean loss, as in MMUnlearner's published code.
+        batch_size: rows of a micro-batch; of `per_sample` always 1.
+        epsilon: smallest Fisher value that is told from 0, above 0.
+        one_pass: keep S_T in memory while S_P is made. Else it waits in a file of 4 bytes a weight.
+        seed: in what order rows make up micro-batches.
+    """
+
+    threshold: float = 1.0
+    fisher: str = "per_sample"
+    batch_size: int = 4
+    epsilon: float = 1e-30
+    one_pass: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        faults = [
+            f"`saliency_{name}` must be above 0, got {getattr(self, name)}."
+            for name in ("threshold", "epsilon", "batch_size")
+            if not getattr(self, name) > 0
+        ]
+        if self.fisher not in FISHERS:
+            faults.append(f"`saliency_fisher` must be one of {', '.join(FISHERS)}; got {self.fisher!r}.")
+        if faults:
+            raise ValueError("\n".join(faults))
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of one backward pass."""
+        return 1 if self.fisher == "per_sample" else self.batch_size
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of the weights that gradients depend on: a LoRA adapter counts even where it changes nothing yet."""
+    return model_hash(model, skip_fresh_adapter=False)
+
+
+class SaliencyBuilder:
+    """Make masks for a model as it is now.
+
+    Args:
+        model: unwrapped; its trainable weights get a mask. In the end its weights, gradients and modes are as before.
+        collator: the one that training uses.
+        accelerator: rows are shared out among its processes.
+        settings: see `SaliencySettings`.
+        cache_dir: where masks are kept; None for `cache_home() / "saliency"`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collator: CompletionCollator,
+        accelerator: Accelerator,
+        settings: SaliencySettings,
+        cache_dir: str | Path | None = None,
+    ):
+        self.model, self.collator, self.accelerator, self.settings = model, collator, accelerator, settings
+        self.cache_dir = Path(cache_dir) if cache_dir else cache_home() / "saliency"
+        self.digest = weights_digest(model)
+
+    def mask(self, target: Rows, preserve: Rows) -> SaliencyMask:
+        """The mask of what is to be forgotten against what is to be preserved, from disk where it is there.
+
+        Args:
+            target: T, the forget set.
+            preserve: P; in MMUnlearner the text questions about the forgotten, and all questions about the others.
+
+        Returns:
+            The mask of every trainable weight.
+        """
+        provenance = self._provenance(target, preserve)
+        path = self._path(provenance)
+        self.accelerator.wait_for_everyone()
+        if path.is_file():
+            logger.info("Saliency mask: %s", path)
+            return SaliencyMask.load(path)
+        mask = self._build(target, preserve)
+        mask.provenance = provenance
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            mask.save(path)
+        return mask
+
+    def _provenance(self, target: Rows, preserve: Rows) -> dict[str, Any]:
+        collator = self.collator
+        processor = processor_fingerprint(collator.processing_class)
+        return {
+            "kind": "fisher",
+            "model": self.digest,
+            "dtypes": {
+                name: str(value.dtype).removeprefix("torch.")
+                for name, value in self.model.named_parameters()
+                if value.requires_grad
+            },
+            "settings": asdict(self.settings),
+            "target": {"rows": len(target), "fingerprint": rows_fingerprint(target)},
+            "preserve": {"rows": len(preserve), "fingerprint": rows_fingerprint(preserve)},
+            "collation": f"{collator.max_length} {collator.append_eos} {processor}",
+            "version": __version__,
+        }
+
+    def _path(self, provenance: Mapping[str, Any]) -> Path:
+        # Whether S_T waits on disk or in memory does not change the mask.
+        settings = {name: value for name, value in provenance["settings"].items() if name != "one_pass"}
+        key = repr(sorted({**provenance, "settings": sorted(settings.items())}.items()))
+        return self.cache_dir / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
+
+    def _build(self, target: Rows, preserve: Rows) -> SaliencyMask:
+        sums = empty_sums(self.model)
+        mask, settings = SaliencyMask.empty(), self.settings
+        with without_dropout(self.model):
+            self._measure("target", target, sums)
+            with self._put_aside(sums) as of_target:
+                self._measure("preserve", preserve, sums)
+                for name, of_preserve in sums.items():
+                    mask.compare(name, of_target[name], of_preserve, settings.threshold, settings.epsilon)
+        return mask
+
+    def _measure(self, name: str, rows: Rows, sums: dict[str, Tensor]) -> None:
+        """Fill `sums` with the Fisher diagonal on a set: the mean over its micro-batches."""
+        state, device = self.accelerator, next(self.model.parameters()).device
+        shuffled = order(len(rows), self.settings.seed, "saliency", name)
+        batches = modality_batches(rows, self.settings.rows_at_once, shuffled)
+        for numbers in tqdm(batches[state.process_index :: state.num_processes], desc=f"Saliency, {name} set"):
+            batch = self.collator([{**rows[i], "index": i} for i in numbers])
+            add_squared_gradients(self.model, {key: value.to(device) for key, value in batch.items()}, sums)
+        for value in sums.values():
+            if state.num_processes > 1:
+                value.copy_(state.reduce(value, "sum"))
+            value /= len(batches)
+
+    @contextmanager
+    def _put_aside(self, sums: dict[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+        """Keep the sums as they are, in memory or in a file, and set them back to 0."""
+        if self.settings.one_pass:
+            kept = {name: value.clone() for name, value in sums.items()}
+            _clear(sums)
+            yield kept
+            return
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.cache_dir, prefix="fisher-") as file:
+            for value in sums.values():
+                value.cpu().numpy().tofile(file)
+            file.flush()
+            _clear(sums)
+            mapped = np.memmap(file, dtype=np.float32, mode="c")  # copy on write: the file is only read
+            ends = np.cumsum([value.numel() for value in sums.values()])
+            yield {
+                name: torch.from_numpy(mapped[end - value.numel() : end]).view(value.shape)
+                for (name, value), end in zip(sums.items(), ends, strict=True)
+            }
+
+
+def _clear(sums: Mapping[str, Tensor]) -> None:
+    for value in sums.values():
+        value.zero_()

@@ -1,0 +1,109 @@
+"""Gradients that reach salient weights alone, of one stream or of all.
+
+`forget` masks what is unlearned: inside `covering()` the model runs on weights through which only salient gradients
+pass, and everything else in the same step, one backward for all of it, is untouched. `update` masks the whole gradient
+and puts the other weights back after every optimizer step, so that neither weight decay nor momentum moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import TrainerCallback
+
+from biasunlearn_trainer.saliency.masks import SaliencyMask
+
+SCOPES = ("forget", "update")
+
+
+class _SalientGradient(torch.autograd.Function):
+    """A weight as it is; its gradient where the mask lets it through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, protected: Tensor) -> Tensor:
+        ctx.protected = protected
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.masked_fill(ctx.protected, 0), None
+
+
+class GradientMask:
+    """A saliency mask at work on a model.
+
+    Args:
+        model: unwrapped, before DDP or DeepSpeed; it must be whole on every process.
+        mask: covers every trainable weight.
+        scope: `forget`: mask the gradient of what runs inside `covering()` (MMUnlearner eq. 3: -m * L_f + L_r);
+            `update`: mask every gradient, and keep the other weights bit-identical through optimizer steps.
+    """
+
+    def __init__(self, model: nn.Module, mask: SaliencyMask, scope: str):
+        self.model, self.scope = model, scope
+        parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self._parameters = parameters
+        # Not the salient but the other weights are looked up in every backward pass.
+        self._protected = {name: ~mask.get(name).to(value.device) for name, value in parameters.items()}
+        self._covers = False
+        if scope == "forget":
+            self._plain_forward = model.forward
+            model.forward = self._forward
+        else:
+            for name, value in parameters.items():
+                value.register_hook(self._hide(self._protected[name]))
+            self._kept = {name: value.detach()[self._protected[name]] for name, value in parameters.items()}
+
+    @staticmethod
+    def _hide(protected: Tensor) -> Any:
+        return lambda gradient: gradient.masked_fill(protected, 0)
+
+    @contextmanager
+    def covering(self) -> Iterator[None]:
+        """Of what the model computes inside, only salient weights get a gradient."""
+        self._covers = self.scope == "forget"
+        try:
+            yield
+        finally:
+            self._covers = False
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._covers:
+            return self._plain_forward(*args, **kwargs)
+        # The call below comes back to this method, and must then reach the model itself. Tied weights, non-reentrant
+        # checkpointing and the wrappers of DDP see nothing but the usual forward pass.
+        self._covers = False
+        try:
+            weights = {
+                name: _SalientGradient.apply(value, self._protected[name]) for name, value in self._parameters.items()
+            }
+            return functional_call(self.model, weights, args, kwargs)
+        finally:
+            self._covers = True
+
+    def restore(self) -> None:
+        """Put back the weights that are not salient; after an optimizer step in scope `update`."""
+        if self.scope == "update":
+            with torch.no_grad():
+                for name, value in self._parameters.items():
+                    value.masked_scatter_(self._protected[name], self._kept[name])
+
+
+class RestoreProtected(TrainerCallback):
+    """Puts the weights that are not salient back after every optimizer step.
+
+    Args:
+        gradient_mask: in scope `update`.
+    """
+
+    def __init__(self, gradient_mask: GradientMask):
+        self.gradient_mask = gradient_mask
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Runs after the step, before gradients are cleared."""
+        self.gradient_mask.restore()
