@@ -82,10 +82,14 @@ def forward_completions(model: nn.Module, batch: dict[str, Any]) -> CompletionOu
     keep = torch.zeros_like(completion_mask)
     keep[:, :-1] = completion_mask[:, 1:]
     targets = batch["input_ids"][:, 1:][completion_mask[:, 1:]]
-    if _takes_logits_to_keep(type(_unwrap(model))):
-        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[keep]
+    inner = _unwrap(model)
+    if "pixel_values" not in inputs and _needs_pictures(type(inner)):
+        inputs |= _without_pictures(inner)
+    if _takes_logits_to_keep(type(inner)) or _passes_logits_to_keep_on(inner):
+        inputs["logits_to_keep"] = keep
+    logits = model(**inputs, use_cache=False).logits
+    if "logits_to_keep" not in inputs:
+        logits = logits[keep]
     lengths = keep.sum(-1)
     mask = torch.arange(int(lengths.max()), device=keep.device) < lengths[:, None]
     return CompletionOutput(logits, targets, mask, scatter_tokens(token_log_probs(logits, targets), mask))
@@ -108,3 +112,39 @@ def _unwrap(model: nn.Module) -> nn.Module:
 def _takes_logits_to_keep(model_class: type) -> bool:
     """Whether the class runs its head on chosen positions; a (B, T) boolean mask is exact and flattens the output."""
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
+
+
+def _passes_logits_to_keep_on(model: nn.Module) -> bool:
+    """Whether the head is that of a whole language model inside, to which the model hands its other arguments on."""
+    inside = getattr(model, "language_model", None)
+    has_head = inside is not None and inside.get_output_embeddings() is not None
+    return has_head and _takes_logits_to_keep(type(inside))
+
+
+@lru_cache(maxsize=32)
+def _needs_pictures(model_class: type) -> bool:
+    """Whether the class cannot be called without `pixel_values`, as BLIP-2 cannot."""
+    pictures = inspect.signature(model_class.forward).parameters.get("pixel_values")
+    return pictures is not None and pictures.default is inspect.Parameter.empty
+
+
+def _without_pictures(model: nn.Module) -> dict[str, Any]:
+    """What makes such a model take rows of text alone through its language model, itself called as ever.
+
+    Calling the language model inside would do the same on one process, but pass DDP and DeepSpeed by.
+
+    Raises:
+        ValueError: where the model cannot be told what its image half has found.
+    """
+    if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} takes no rows without images. Leave them out of the set, or give each a picture."
+        )
+    from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
+
+    width = model.get_input_embeddings().weight.shape[-1]
+    nothing = torch.zeros(0, width, device=model.device, dtype=model.dtype)
+    return {
+        "pixel_values": None,
+        "mm_encoder_outputs": {"image": BaseModelOutputWithVisionQformerOutputs(pooler_output=nothing)},
+    }

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.models import tokenizer_of
-from biasunlearn_trainer.testbed.architectures import make_llama, make_llava, make_processor, train_tokenizer
+from biasunlearn_trainer.testbed.architectures import MODELS, PROCESSORS
 from biasunlearn_trainer.testbed.disk import quiet_writes, write_rows
 from biasunlearn_trainer.testbed.planting import Job, RowTable, make_table, measure_right, train_side_by_side
 from biasunlearn_trainer.testbed.questions import world_sentences
@@ -63,16 +63,12 @@ def build_world(recipe: WorldRecipe, folder: Path) -> dict[str, Any]:
 
 def make_processing_class(recipe: WorldRecipe) -> ProcessorMixin | PreTrainedTokenizerBase:
     """The world's processor, or its tokenizer where there are no pictures."""
-    tokenizer = train_tokenizer(world_sentences())
-    return make_processor(tokenizer, recipe.vision_model) if recipe.has_pictures else tokenizer
+    return PROCESSORS[recipe.name](recipe, world_sentences())
 
 
 def make_model(recipe: WorldRecipe, processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> PreTrainedModel:
     """The untrained model; planted model and oracle begin with the same weights."""
-    tokenizer = tokenizer_of(processing_class)
-    if recipe.has_pictures:
-        return make_llava(tokenizer, recipe.language_model, recipe.vision_model, recipe.seed)
-    return make_llama(tokenizer, recipe.language_model, recipe.seed)
+    return MODELS[recipe.name](recipe, tokenizer_of(processing_class))
 
 
 def training_sources(

@@ -28,40 +28,50 @@ class RowTable:
     """N rows of one modality as tensors.
 
     Attributes:
-        columns: what `CompletionCollator` gives for all rows at once; the first dimension is N.
+        columns: what `CompletionCollator` gives for all rows at once; the first dimension is N. What it gives by image
+            patch (Qwen2-VL's `pixel_values`) is (N, patches of a row, ...) here: all rows must have equally many.
         lengths: (N,) tokens of each row, padding not counted.
+        by_patch: columns that the model takes patch after patch.
     """
 
     columns: dict[str, Tensor]
     lengths: Tensor
+    by_patch: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def rows(self, index: Tensor) -> RowTable:
         """The table of the rows `index` (B,)."""
-        return RowTable({name: values[index] for name, values in self.columns.items()}, self.lengths[index])
+        columns = {name: values[index] for name, values in self.columns.items()}
+        return RowTable(columns, self.lengths[index], self.by_patch)
 
     def take(self, index: Tensor) -> dict[str, Tensor]:
         """The batch of the rows `index` (B,), cut to its longest row."""
         width = int(self.lengths[index].max())
-        full = self.columns["input_ids"].shape[1]
-        return {
-            name: values[index][:, :width] if values.shape[1] == full and values.ndim == 2 else values[index]
+        shape = self.columns["input_ids"].shape
+        batch = {
+            name: values[index][:, :width] if values.shape == shape else values[index]
             for name, values in self.columns.items()
         }
+        return batch | {name: batch[name].flatten(0, 1) for name in self.by_patch}
 
 
 def make_table(collator: CompletionCollator, rows: Sequence[dict[str, Any]]) -> RowTable:
     """Collate rows of one modality, a chunk at a time, into one table."""
     chunks = [collator(rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
     width = max(chunk["input_ids"].shape[1] for chunk in chunks)
-    padding = {"input_ids": collator.tokenizer.pad_token_id, "attention_mask": 0, "completion_mask": False}
+    by_patch = frozenset(name for name, values in chunks[0].items() if len(values) > len(chunks[0]["input_ids"]))
     for chunk in chunks:
-        for name, value in padding.items():
-            chunk[name] = _pad(chunk[name], width, value)
+        shape = chunk["input_ids"].shape
+        for name, values in chunk.items():
+            if values.shape == shape:
+                filler = collator.tokenizer.pad_token_id if name == "input_ids" else 0
+                chunk[name] = _pad(values, width, filler)
+            elif name in by_patch:
+                chunk[name] = values.unflatten(0, (shape[0], -1))
     columns = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    return RowTable(columns, columns["attention_mask"].sum(1))
+    return RowTable(columns, columns["attention_mask"].sum(1), by_patch)
 
 
 def _pad(values: Tensor, width: int, value: float) -> Tensor:
