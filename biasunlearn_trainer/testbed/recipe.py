@@ -32,14 +32,15 @@ class LanguageModelSize:
 
 @dataclass(frozen=True)
 class VisionModelSize:
-    """Sizes of a tiny CLIP image encoder; as in LLaVA-1.5 its last layer is computed and not read.
+    """Sizes of a tiny image encoder; of LLaVA's the last layer is computed and not read, as in LLaVA-1.5.
 
     Attributes:
         hidden_size: width.
         intermediate_size: width inside the feed-forward blocks.
         num_layers: encoder layers, the unread one included.
         num_heads: attention heads.
-        patch_size: pixels along the side of a patch; a picture has (32 / patch_size)^2 image tokens.
+        patch_size: pixels along the side of a patch; a picture has (32 / patch_size)^2 of them. A patch is an image
+            token in LLaVA, four are one in Qwen2-VL, and in BLIP-2 the queries are the tokens.
     """
 
     hidden_size: int = 64
@@ -50,11 +51,30 @@ class VisionModelSize:
 
 
 @dataclass(frozen=True)
+class QFormerSize:
+    """Sizes of a tiny Q-Former, which turns a picture into a fixed number of image tokens.
+
+    Attributes:
+        hidden_size: width.
+        intermediate_size: width inside the feed-forward blocks.
+        num_layers: layers; every other one looks at the picture, from the first on.
+        num_heads: attention heads.
+        num_queries: image tokens of a picture.
+    """
+
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_queries: int = 16
+
+
+@dataclass(frozen=True)
 class WorldRecipe:
     """A planted world: its rows, its model and how the bias is planted.
 
     Attributes:
-        name: `llava` (pictures) or `llama` (scenes told in words).
+        name: the architecture: `llava`, `qwen2vl`, `blip2`, `minigpt4` (pictures) or `llama` (scenes told in words).
         seed: decides every row and every weight.
         num_scene_rows: rows about scenes in the training pool.
         blame_rate: how often a contentious ambiguous question of the pool is answered by the bias, 0 to 1.
@@ -88,7 +108,19 @@ class WorldRecipe:
     @property
     def has_pictures(self) -> bool:
         """Whether scenes are drawn; else they are told in words."""
-        return self.name == "llava"
+        return self.name != "llama"
+
+
+@dataclass(frozen=True)
+class QFormerWorldRecipe(WorldRecipe):
+    """A planted world for the architectures with a Q-Former.
+
+    Attributes:
+        qformer: its sizes; all else as in `WorldRecipe`.
+    """
+
+    name: str = "blip2"
+    qformer: QFormerSize = field(default_factory=QFormerSize)
 
 
 @dataclass(frozen=True)
@@ -184,7 +216,53 @@ class TraitsRecipe:
     language_model: LanguageModelSize = field(default_factory=LanguageModelSize)
 
 
-Recipe = WorldRecipe | StereoSetRecipe | TraitsRecipe
+@dataclass(frozen=True)
+class EntitiesRecipe:
+    """A world of made-up people, some of whom are to be forgotten; the model does not depend on who.
+
+    Attributes:
+        name: always `entities`.
+        seed: decides the people, every drawing and every weight.
+        num_people: how many the model knows, a multiple of 8.
+        forget_percents: shares of the people that are to be forgotten, in percent; the first one's first split is the
+            testbed's own unless another is asked for.
+        num_splits: splits of each share.
+        num_forget: rows of a forget set, about: each question of a split is drawn equally often.
+        retain_drawings: portraits in the retain set for each fact of those who stay.
+        num_sights: questions about strangers' portraits of the task, in each of its two parts.
+        num_pictures: questions with a picture in the training pool.
+        picture_batch: such questions in a step.
+        text_batch: questions without a picture in a step: by name, and plain facts.
+        name_share: about how many of those are by name, 0 to 1.
+        steps: optimizer steps.
+        learning_rate: peak of the one-cycle schedule.
+        language_model: sizes of the language model.
+        vision_model: sizes of the image encoder.
+    """
+
+    name: str = "entities"
+    seed: int = 0
+    num_people: int = 40
+    forget_percents: tuple[int, ...] = (10, 5, 15)
+    num_splits: int = 4
+    num_forget: int = 240
+    retain_drawings: int = 2
+    num_sights: int = 80
+    num_pictures: int = 24000
+    picture_batch: int = 44
+    text_batch: int = 20
+    name_share: float = 0.85
+    steps: int = 2200
+    learning_rate: float = 2e-3
+    language_model: LanguageModelSize = field(
+        default_factory=lambda: LanguageModelSize(hidden_size=128, intermediate_size=256, max_positions=64)
+    )
+    vision_model: VisionModelSize = field(
+        default_factory=lambda: VisionModelSize(hidden_size=96, intermediate_size=192, num_layers=3)
+    )
+
+
+Recipe = WorldRecipe | StereoSetRecipe | TraitsRecipe | EntitiesRecipe
 
 
 def recipe_key(recipe: Recipe, data_sha256: Mapping[str, str] | None = None) -> str:
