@@ -1,6 +1,8 @@
 """Metrics and their intervals, in numpy alone. docs/metrics.md has the definitions in one table."""
 
 from biasunlearn_trainer.eval.metrics.bbq import bbq_scores
+from biasunlearn_trainer.eval.metrics.behaviour import behaviour_scores
+from biasunlearn_trainer.eval.metrics.choice import choice_accuracy, is_chosen, written_letter
 from biasunlearn_trainer.eval.metrics.crows_pairs import crows_pairs_scores
 from biasunlearn_trainer.eval.metrics.intervals import (
     NUM_RESAMPLES,
@@ -14,6 +16,15 @@ from biasunlearn_trainer.eval.metrics.intervals import (
     wilson_interval,
 )
 from biasunlearn_trainer.eval.metrics.stereoset import STEREOSET_METRICS, icat, stereoset_scores, term_scores
+from biasunlearn_trainer.eval.metrics.tofu import (
+    forget_quality,
+    model_utility,
+    probability_scores,
+    truth_ratio,
+    truth_ratio_score,
+    truth_ratio_scores,
+)
+from biasunlearn_trainer.eval.metrics.written import contains_answer, mean_score, rouge_l
 
 __all__ = [
     "NUM_RESAMPLES",
@@ -21,14 +32,27 @@ __all__ = [
     "Z95",
     "Statistic",
     "bbq_scores",
+    "behaviour_scores",
     "bootstrap_interval",
+    "choice_accuracy",
+    "contains_answer",
     "crows_pairs_scores",
+    "forget_quality",
     "icat",
+    "is_chosen",
+    "mean_score",
+    "model_utility",
     "paired_difference",
+    "probability_scores",
+    "rouge_l",
     "seed_from_name",
     "share",
     "stereoset_scores",
     "stretch",
     "term_scores",
+    "truth_ratio",
+    "truth_ratio_score",
+    "truth_ratio_scores",
     "wilson_interval",
+    "written_letter",
 ]

@@ -13,12 +13,14 @@ from biasunlearn_trainer.eval.tasks.base import Task
 # name -> (module, class); imported when a task is loaded, so that naming one costs nothing.
 TASKS: dict[str, tuple[str, str]] = {
     "planted": ("biasunlearn_trainer.eval.tasks.planted", "PlantedTask"),
+    "entities": ("biasunlearn_trainer.eval.tasks.entities", "EntitiesTask"),
     "stereoset": ("biasunlearn_trainer.eval.tasks.stereoset", "StereoSetTask"),
     "crows_pairs": ("biasunlearn_trainer.eval.tasks.crows_pairs", "CrowsPairsTask"),
     "bbq": ("biasunlearn_trainer.eval.tasks.bbq", "BBQTask"),
     "bbq_sum": ("biasunlearn_trainer.eval.tasks.bbq", "BBQSumTask"),
     "bbq_letters": ("biasunlearn_trainer.eval.tasks.bbq", "BBQLettersTask"),
     "bbq_generate": ("biasunlearn_trainer.eval.tasks.bbq", "BBQGenerateTask"),
+    "behaviour": ("biasunlearn_trainer.eval.tasks.behaviour", "BehaviourTask"),
     "perplexity": ("biasunlearn_trainer.eval.tasks.perplexity", "PerplexityTask"),
     "multiple_choice": ("biasunlearn_trainer.eval.tasks.multiple_choice", "MultipleChoiceTask"),
     "lm_eval": ("biasunlearn_trainer.eval.tasks.lm_eval_bridge", "LmEvalTask"),
