@@ -25,6 +25,8 @@ _PUBLIC = {
     "SimNPOTrainer": "trainers.simnpo",
     "UnlearnDPOConfig": "trainers.dpo",
     "UnlearnDPOTrainer": "trainers.dpo",
+    "PUBGConfig": "trainers.pubg",
+    "PUBGTrainer": "trainers.pubg",
     "BiasReading": "trainers.steering",
     "BiasUnlearnConfig": "trainers.biasunlearn",
     "BiasUnlearnTrainer": "trainers.biasunlearn",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,13 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 
-from biasunlearn_trainer.models import image_placeholder, image_token_id, tokenizer_of
+from biasunlearn_trainer.models import (
+    image_placeholder,
+    image_token_id,
+    lays_image_tokens,
+    template_owner,
+    tokenizer_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ class CompletionCollator:
     Args:
         processing_class: the model's tokenizer, or its processor where rows carry images.
         max_length: longest sequence in tokens; None keeps everything. What is too long loses the start of its prompt
-            first and the end of its completion next; image tokens are never cut.
+            first and the end of its completion next; image tokens, and what frames them, are never cut.
         append_eos: end plain-text completions with the tokenizer's EOS, as TRL does. Chat rows end as their template
             says.
 
@@ -62,6 +69,7 @@ class CompletionCollator:
         eos = self.tokenizer.eos_token_id
         self._adds_eos = len(self._empty_ids) > 0 and self._empty_ids[-1] == eos != self.tokenizer.bos_token_id
         self.image_token_id = image_token_id(processing_class)
+        self._lays_image_tokens = lays_image_tokens(processing_class)
         self._warned_of_truncation = False
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -107,13 +115,31 @@ class CompletionCollator:
 
     def _render(self, row: Row, images: list) -> _Rendered:
         """The row as text, with a placeholder for each of its images."""
+        if images and not isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                f"the row has {len(images)} image(s), but {type(self.processing_class).__name__} takes text only. "
+                "Use an image-text model with its processor, or drop the `images` column."
+            )
         if isinstance(row["prompt"], str):
-            return self._render_plain(row["prompt"], row["completion"], len(images))
-        prompt, completion = list(row["prompt"]), list(row["completion"])
+            rendered = self._render_plain(row["prompt"], row["completion"], len(images))
+        else:
+            rendered = self._render_chat(list(row["prompt"]), list(row["completion"]), images)
+        self._check_placeholders(rendered, len(images))
+        return rendered
+
+    def _render_chat(self, prompt: list, completion: list, images: list) -> _Rendered:
+        owner = template_owner(self.processing_class)
+        if not owner.chat_template:
+            raise ValueError(
+                f"the row is a chat, and {type(self.processing_class).__name__} has no chat template. Set "
+                "`chat_template` on its tokenizer, or write the row's prompt and completion as plain text."
+            )
         if isinstance(self.processing_class, ProcessorMixin):
             prompt, completion = prepare_multimodal_messages(prompt, images), prepare_multimodal_messages(completion)
+        if self._lays_image_tokens and not self._placeholder:
+            prompt, completion = _texts_only(prompt), _texts_only(completion)
         continues = prompt[-1]["role"] == "assistant"
-        template = self.processing_class.apply_chat_template
+        template = owner.apply_chat_template
         return _Rendered(
             template(prompt, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues),
             template([*prompt, *completion], tokenize=False),
@@ -121,7 +147,8 @@ class CompletionCollator:
         )
 
     def _render_plain(self, prompt: str, completion: str, num_images: int) -> _Rendered:
-        prompt = self._with_placeholders(prompt, num_images)
+        if num_images and str(self.processing_class.image_token) not in prompt:
+            prompt = self._placeholder * num_images + prompt
         if not prompt and not self._empty_ids:
             # GPT-2 and Qwen put no BOS by themselves; the first token of a sentence still needs one to follow.
             prompt = self.tokenizer.bos_token or self.tokenizer.eos_token or ""
@@ -130,23 +157,36 @@ class CompletionCollator:
             completion += eos
         return _Rendered(prompt, prompt + completion, templated=False)
 
-    def _with_placeholders(self, prompt: str, num_images: int) -> str:
-        """Put missing image placeholders before a plain prompt, in the form that the family's chat template uses."""
+    @cached_property
+    def _placeholder(self) -> str:
+        return image_placeholder(self.processing_class)
+
+    def _check_placeholders(self, rendered: _Rendered, num_images: int) -> None:
+        """Raise a ValueError where a row has another number of placeholders than of images, or one in its completion.
+
+        The processor would name no row, and some models would lay the features of one image over another.
+        """
         token = getattr(self.processing_class, "image_token", None)
-        if num_images and not isinstance(self.processing_class, ProcessorMixin):
+        if token is None:
+            return
+        present = rendered.prompt.count(str(token))
+        in_completion = rendered.full.count(str(token)) - present
+        if in_completion:
             raise ValueError(
-                f"the row has {num_images} image(s), but {type(self.processing_class).__name__} takes text only. "
-                "Use an image-text model with its processor, or drop the `images` column."
+                f"the completion has {in_completion} placeholder(s) {token!s}. A model answers in text; write "
+                "placeholders in the prompt alone."
             )
-        present = prompt.count(str(token)) if token else 0
-        if present == num_images:
-            return prompt
-        if not present:
-            return image_placeholder(self.processing_class) * num_images + prompt
-        raise ValueError(
-            f"the prompt has {present} placeholder(s) {token!s} for {num_images} image(s). "
-            "Write one for each image, or none at all: then they are put before the prompt."
-        )
+        if self._lays_image_tokens and present == 0 and num_images > 1:
+            raise ValueError(
+                f"{type(self.processing_class).__name__} puts one image before the text, and the row has {num_images} "
+                f"of them. Write {token!s} in the prompt where each belongs, or keep one image."
+            )
+        expected = num_images * (self._placeholder.count(str(token)) if num_images else 0)
+        if present != expected and not (self._lays_image_tokens and present == num_images):
+            raise ValueError(
+                f"the prompt has {present} placeholder(s) {token!s} for {num_images} image(s). "
+                "Write one for each image, or none at all: then they are put before the prompt."
+            )
 
     def _encode(self, texts: list[str], images: list[list], templated: bool, padding_side: str) -> dict[str, Tensor]:
         options = {
@@ -155,11 +195,30 @@ class CompletionCollator:
             "return_tensors": "pt",
             "add_special_tokens": not templated,  # a chat template writes its own BOS
         }
+        if any(images) and self._lays_image_tokens and self._have_placeholders(texts):
+            return self._encode_in_place(texts, images, options)
         if any(images):
             return dict(self.processing_class(text=texts, images=images, **options))
         # An empty list comes back as a float tensor, hence the casts.
         encoded = self.tokenizer(texts, **options)
         return {name: encoded[name].long() for name in ("input_ids", "attention_mask")}
+
+    def _have_placeholders(self, texts: list[str]) -> bool:
+        present = {str(self.processing_class.image_token) in text for text in texts}
+        if len(present) > 1:
+            raise ValueError(
+                f"A batch mixes prompts with {self.processing_class.image_token!s} and without, whose image tokens "
+                "stand in other places. Write it in all prompts of a set, or in none."
+            )
+        return present.pop()
+
+    def _encode_in_place(self, texts: list[str], images: list[list], options: dict[str, Any]) -> dict[str, Tensor]:
+        """Image tokens where the text has its placeholders, which a processor that lays its own would put in front."""
+        token = str(self.processing_class.image_token)
+        texts = [text.replace(token, token * self.processing_class.num_query_tokens) for text in texts]
+        encoded = self.tokenizer(texts, **options)
+        pictures = self.processing_class.image_processor(images, return_tensors=options["return_tensors"])
+        return {name: encoded[name].long() for name in ("input_ids", "attention_mask")} | dict(pictures)
 
     def _completion_mask(self, batch: dict[str, Tensor], prompts: dict[str, Tensor], rows: Sequence[Row]) -> Tensor:
         """(B, T) bool, true from the end of the prompt to the end of the row.
@@ -218,18 +277,32 @@ class CompletionCollator:
         overflow = length - self.max_length
         if overflow <= 0:
             return list(range(length))
-        first = 1 if self._empty_ids else 0  # the tokenizer's BOS stays
         completion_start = int(batch["completion_mask"][i].long().argmax())
-        is_image = batch["input_ids"][i] == self.image_token_id if self.image_token_id is not None else None
-        image_start = int(is_image.long().argmax()) if is_image is not None and is_image.any() else completion_start - 1
-        cut = max(0, min(overflow, image_start - first))
-        if length - overflow + cut <= completion_start:
+        kept = self._uncuttable(batch["input_ids"][i, :completion_start])
+        cut = [position for position in range(completion_start) if not kept[position]][:overflow]
+        end = length - (overflow - len(cut))
+        if end <= completion_start:
             raise ValueError(
                 f"{_name(row, i)}: {length} tokens do not fit max_length={self.max_length} without cutting image "
                 f"tokens or the whole completion (prompt {completion_start}, completion {length - completion_start}). "
                 "Raise max_length, or shorten the row."
             )
-        return [*range(first), *range(first + cut, length - (overflow - cut))]
+        return [position for position in range(end) if position not in set(cut)]
+
+    def _uncuttable(self, prompt: Tensor) -> list[bool]:
+        """What truncation leaves of a prompt's ids (T,): BOS, image tokens with what frames them, the last token."""
+        is_image = prompt == self.image_token_id if self.image_token_id is not None else torch.zeros_like(prompt).bool()
+        kept = is_image.tolist()
+        special = set(self.tokenizer.all_special_ids)
+        # Qwen2-VL's <|vision_start|> and <|vision_end|>: an image without them is none.
+        for i in torch.nonzero(is_image).flatten().tolist():
+            for neighbour in (i - 1, i + 1):
+                if 0 <= neighbour < len(kept) and int(prompt[neighbour]) in special:
+                    kept[neighbour] = True
+        if self._empty_ids:
+            kept[0 if not is_image[0] else int(is_image.long().argmin())] = True  # BLIP-2's BOS follows its image
+        kept[-1] = True
+        return kept
 
 
 class StreamCollator:
@@ -304,6 +377,14 @@ def _split_rows(batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
         counts |= {sum(patches): patches}
     # Rows with images have one at least: as many images as rows is one each, and either cut is right.
     return {name: value.split(counts[len(value)]) for name, value in batch.items()}
+
+
+def _texts_only(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is one text, for templates that know no parts."""
+    return [
+        {**message, "content": "".join(part["text"] for part in message["content"] if part["type"] == "text")}
+        for message in messages
+    ]
 
 
 def _images_of(rows: Sequence[Row]) -> list[list]:

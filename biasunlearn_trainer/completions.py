@@ -95,6 +95,12 @@ def forward_completions(model: nn.Module, batch: dict[str, Any]) -> CompletionOu
     return CompletionOutput(logits, targets, mask, scatter_tokens(token_log_probs(logits, targets), mask))
 
 
+def generating_model(model: nn.Module, batch: dict[str, Any]) -> nn.Module:
+    """What generates answers to a batch: the model, or the language model in one that does nothing without pictures."""
+    inner = _unwrap(model)
+    return inner.language_model if "pixel_values" not in batch and _needs_pictures(type(inner)) else model
+
+
 def text_positions(batch: dict[str, Any], image_token_id: int | None) -> Tensor:
     """(B, T) bool: every token but padding and image placeholders."""
     kept = batch["attention_mask"].bool()

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -196,46 +196,82 @@ def image_token_id(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -
     return None if token is None else tokenizer_of(processing_class).convert_tokens_to_ids(str(token))
 
 
+def template_owner(
+    processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """Who renders chats: the processor, or its tokenizer where the processor has no template (BLIP-2's cannot)."""
+    has_own = getattr(processing_class, "chat_template", None)
+    return processing_class if has_own else tokenizer_of(processing_class)
+
+
+def lays_image_tokens(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> bool:
+    """Whether the processor puts image tokens before the text by itself, as many as there are queries (BLIP-2).
+
+    Raises:
+        ValueError: where it would, but was not told how many.
+    """
+    if not hasattr(processing_class, "num_query_tokens"):
+        return False
+    if not processing_class.num_query_tokens:
+        raise ValueError(
+            f"{type(processing_class).__name__} was saved without `num_query_tokens`, so pictures would get no tokens. "
+            "Set it to the model's `config.num_query_tokens` and save the processor again."
+        )
+    return True
+
+
 def image_placeholder(processing_class: ProcessorMixin) -> str:
     """What stands in a prompt for one image, as the family's own chat template writes it.
 
     The template is rendered with and without an image, and the difference is the placeholder: `<image>` and a
     newline for LLaVA, `<|vision_start|><|image_pad|><|vision_end|>` for Qwen2-VL. Without a template it is the
-    image token and a newline. A processor that puts its image tokens in by itself (BLIP-2's query tokens) needs
-    none.
+    image token and a newline. A processor that puts its image tokens in by itself (BLIP-2's) needs none, unless a
+    template names a place for them.
     """
-    if getattr(processing_class, "num_query_tokens", None):
-        return ""
-    if not getattr(processing_class, "chat_template", None):
-        return f"{processing_class.image_token}\n"
+    owner, by_itself = template_owner(processing_class), lays_image_tokens(processing_class)
+    if not owner.chat_template:
+        return "" if by_itself else f"{processing_class.image_token}\n"
     text = {"type": "text", "text": "X"}
     bare, pictured = (
-        processing_class.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        owner.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
         for content in ([text], [{"type": "image"}, text])
     )
-    start = next(i for i, (a, b) in enumerate(zip(bare, pictured, strict=False)) if a != b)
-    return pictured[start : len(pictured) - (len(bare) - start)]
+    start = next((i for i, (a, b) in enumerate(zip(bare, pictured, strict=False)) if a != b), len(bare))
+    found = pictured[start : len(pictured) - (len(bare) - start)]
+    # A template for texts alone writes a list of parts as it stands, or nothing.
+    return "" if by_itself and str(processing_class.image_token) not in found else found
 
 
-def module_groups(model: nn.Module) -> dict[str, list[str]]:
+def module_groups(model: nn.Module, override: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[str]]:
     """Name the parts of a model.
 
     Args:
         model: a transformers model, inside PEFT or not.
+        override: module-name prefixes by group, in place of what is found. The groups may have any names, and are to
+            cover every parameter.
 
     Returns:
         Module-name prefixes by group: `language_model` (decoder and output head), and, for image-text models,
         `vision_tower` and `connector` (all that lies between the two). Together they cover every parameter; where two
         prefixes fit a name, the longer one counts.
+
+    Raises:
+        ValueError: where an image-text model keeps its decoder or its image encoder where nobody looks for them; where
+            a prefix of the override fits no parameter, or a parameter has no group.
     """
     model = base_model(model)
+    if override is not None:
+        return _checked_groups(model, override)
     names = {module: name for name, module in model.named_modules()}
-    vision = model.get_encoder(modality="image")
-    if vision is model or vision not in names:
+    vision, decoder, head = model.get_encoder(modality="image"), model.get_decoder(), model.get_output_embeddings()
+    has_vision = vision is not model and vision in names
+    if not has_vision and not _is_image_text(model.config):
         return {"language_model": [""]}
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if not has_vision or decoder is model or decoder not in names or _holds(decoder, vision):
+        raise ValueError(_groups_message(model, vision if has_vision else None, decoder, names))
+    inside = names[decoder]
     groups = {
-        "language_model": [names[m] for m in (decoder, head) if m is not None],
+        "language_model": [inside] + [names[m] for m in (head,) if m is not None and not _inside(names[m], inside)],
         "connector": _merger(vision, names, decoder),
         "vision_tower": [names[vision]],
     }
@@ -245,6 +281,58 @@ def module_groups(model: nn.Module) -> dict[str, list[str]]:
             prefix = _outermost(name, known)
             groups["connector"].append(prefix)
             known.append(prefix)
+    return groups
+
+
+def _is_image_text(config: PreTrainedConfig) -> bool:
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or hasattr(config, "vision_config")
+
+
+def _holds(outer: nn.Module, inner: nn.Module) -> bool:
+    return any(module is inner for module in outer.modules())
+
+
+def _groups_message(model: nn.Module, vision: nn.Module | None, decoder: nn.Module, names: dict[nn.Module, str]) -> str:
+    """What was found of a model whose parts have no place of their own, and how to name them."""
+    parts = ", ".join(
+        f"{name} ({sum(value.numel() for value in module.parameters()):,} weights)"
+        for name, module in _outer_parts(model)
+    )
+    found_vision = "none" if vision is None else repr(names[vision])
+    found_decoder = "the whole model" if decoder is model else repr(names.get(decoder, "not a part of it"))
+    return (
+        f"No module groups found in {type(model).__name__}: image encoder {found_vision}, decoder {found_decoder}. Its "
+        f"parts: {parts}. Name them yourself: module_groups(model, {{'language_model': [...], 'connector': [...], "
+        "'vision_tower': [...]}) with module names such as these."
+    )
+
+
+def _outer_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A model's children; in place of a single one that holds all of them, that one's."""
+    parts = [(name, module) for name, module in model.named_children() if any(True for _ in module.parameters())]
+    heaviest = max(parts, key=lambda part: sum(value.numel() for value in part[1].parameters()))
+    inner = [(f"{heaviest[0]}.{name}", module) for name, module in heaviest[1].named_children()]
+    return [part for part in parts if part is not heaviest] + (inner or [heaviest])
+
+
+def _checked_groups(model: nn.Module, override: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    groups = {
+        group: [prefixes] if isinstance(prefixes, str) else list(prefixes) for group, prefixes in override.items()
+    }
+    names = [name for name, _ in model.named_parameters()]
+    faults = [
+        f"{prefix!r} of group {group!r} is no part of {type(model).__name__}"
+        for group, prefixes in groups.items()
+        for prefix in prefixes
+        if not any(_inside(name, prefix) for name in names)
+    ]
+    known = [prefix for prefixes in groups.values() for prefix in prefixes]
+    left = sorted({_outermost(name, known) for name in names if not any(_inside(name, prefix) for prefix in known)})
+    faults += [f"{prefix!r} is in no group" for prefix in left]
+    if faults:
+        shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
+        parts = ", ".join(name for name, _ in _outer_parts(model))
+        raise ValueError(f"module_groups: {shown}. The model's parts are: {parts}.")
     return groups
 
 
@@ -302,16 +390,25 @@ def check_groups(chosen: Iterable[str], groups: dict[str, list[str]]) -> None:
             raise ValueError(f"The model has no module group {group!r}; it has: {have}.{hint}")
 
 
-def lora_targets(model: nn.Module, chosen: Sequence[str] = ("language_model",)) -> str:
+def lora_targets(
+    model: nn.Module,
+    chosen: Sequence[str] = ("language_model",),
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """The linear layers of the chosen groups, as the regular expression that `peft` takes for `target_modules`.
 
     `all-linear` and plain names such as `q_proj` also hit the image encoder; this does not. The output head stays
     out, as is usual for LoRA.
 
+    Args:
+        model: the model, before any adapter is put on it.
+        chosen: the groups.
+        groups: what `module_groups` is to take instead of what it finds.
+
     Raises:
         ValueError: where the model lacks a chosen group, or a group has no linear layer.
     """
-    groups = module_groups(model)
+    groups = module_groups(model, groups)
     check_groups(chosen, groups)
     model = base_model(model)
     head = model.get_output_embeddings()
@@ -322,22 +419,30 @@ def lora_targets(model: nn.Module, chosen: Sequence[str] = ("language_model",)) 
     ]
     if not names:
         raise ValueError(f"No linear layer in the groups {list(chosen)}. Name `lora_target_modules` yourself.")
-    # One pattern for all layers: a numbered part of a name stands for every number.
-    patterns = {r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split(".")) for name in names}
-    return "|".join(sorted(patterns))
+    return "|".join(sorted({_layer_pattern(model, name) for name in names}))
 
 
-def freeze_groups(model: nn.Module, trainable: Sequence[str] | None) -> None:
+def _layer_pattern(model: nn.Module, name: str) -> str:
+    """A module's name with the number of each layer open; numbers in an `nn.Sequential` name things of other kinds."""
+    parts = name.split(".")
+    is_layer = [isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList) for depth in range(len(parts))]
+    return r"\.".join(r"\d+" if layer else re.escape(part) for part, layer in zip(parts, is_layer, strict=True))
+
+
+def freeze_groups(
+    model: nn.Module, trainable: Sequence[str] | None, groups: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Freeze what lies outside the chosen groups, and what can never get a gradient.
 
     Args:
         model: the model, before any adapter is put on it.
         trainable: groups to train; None trains all.
+        groups: what `module_groups` is to take instead of what it finds.
 
     Raises:
         ValueError: where the model lacks a chosen group.
     """
-    groups = module_groups(model)
+    groups = module_groups(model, groups)
     check_groups(trainable or (), groups)
     unused = _unused_prefixes(model)
     for name, parameter in model.named_parameters():
@@ -349,13 +454,14 @@ def freeze_groups(model: nn.Module, trainable: Sequence[str] | None) -> None:
 def _unused_prefixes(model: nn.Module) -> list[str]:
     """Vision layers behind the one whose features are read: without a gradient, they break DDP with checkpointing."""
     layer = getattr(model.config, "vision_feature_layer", None)
-    if not isinstance(layer, int):
+    layers = [layer] if isinstance(layer, int) else list(layer or [])
+    if not layers:  # Qwen2-VL and BLIP-2 read the last one
         return []
     vision = model.get_encoder(modality="image")
     names = {module: name for name, module in model.named_modules()}
     blocks = next((m for m in vision.modules() if isinstance(m, nn.ModuleList)), [])
     # hidden_states[0] is the embedding, so layer -1 is the last block's output and -2 the one before.
-    last_used = layer if layer >= 0 else len(blocks) + 1 + layer
+    last_used = max(layer if layer >= 0 else len(blocks) + 1 + layer for layer in layers)
     unused = [names[block] for block in blocks[last_used:]]
     unused += [
         name for module, name in names.items() if name.endswith("post_layernorm") and _inside(name, names[vision])

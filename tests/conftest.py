@@ -1,9 +1,12 @@
 """Shared fixtures: where the open data sets lie, tiny models built offline."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import biasunlearn_trainer  # noqa: F401  torchvision can be imported from here on, also beside a torch for the CPU
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -118,6 +121,43 @@ def tiny_llava(tmp_path_factory) -> Path:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
+    return folder
+
+
+FAMILIES = ("llama", "llava", "qwen2vl", "blip2", "minigpt4")
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_llama, tiny_llava, tmp_path_factory):
+    """`tiny_family(name)`: the folder of an untrained model of a family, with its real processor; built once each."""
+    folders = {"llama": tiny_llama, "llava": tiny_llava}
+
+    def folder(name: str) -> Path:
+        if name == "qwen2vl" and find_spec("torchvision") is None:
+            pytest.skip("Qwen2-VL's processor needs torchvision: pip install -e '.[vision]' -c constraints.txt")
+        if name not in folders:
+            folders[name] = _build_family(name, tmp_path_factory.mktemp(f"tiny_{name}"))
+        return folders[name]
+
+    return folder
+
+
+def _build_family(name: str, folder: Path) -> Path:
+    from biasunlearn_trainer.models import tokenizer_of
+    from biasunlearn_trainer.testbed import recipe as sizes
+    from biasunlearn_trainer.testbed.architectures import MODELS, PROCESSORS
+
+    recipe_class = sizes.QFormerWorldRecipe if name in ("blip2", "minigpt4") else sizes.WorldRecipe
+    extra = {"qformer": sizes.QFormerSize(32, 48, num_queries=4)} if recipe_class is sizes.QFormerWorldRecipe else {}
+    recipe = recipe_class(
+        name=name,
+        language_model=sizes.LanguageModelSize(hidden_size=48, intermediate_size=48, num_layers=2),
+        vision_model=sizes.VisionModelSize(32, 64, patch_size=8),
+        **extra,
+    )
+    processing_class = PROCESSORS[name](recipe, ["Who was the tall one?"])
+    MODELS[name](recipe, tokenizer_of(processing_class)).save_pretrained(folder)
+    processing_class.save_pretrained(folder)
     return folder
 
 

@@ -144,9 +144,9 @@ def test_truncation_never_cuts_image_tokens(processor):
     row = {"prompt": "Who?", "completion": " Nobody.", "images": [Image.new("RGB", (32, 32))], "index": 7}
     fits = CompletionCollator(processor, max_length=25)([row])
     assert (fits["input_ids"] == processor.image_token_id).sum() == 16
-    assert completion(processor.tokenizer, fits) == " No"
-    with pytest.raises(ValueError, match=r"row 7: 31 tokens do not fit max_length=20 without cutting image tokens"):
-        CompletionCollator(processor, max_length=20)([row])
+    assert completion(processor.tokenizer, fits) == " Nobody"
+    with pytest.raises(ValueError, match=r"row 7: 31 tokens do not fit max_length=18 without cutting image tokens"):
+        CompletionCollator(processor, max_length=18)([row])
 
 
 def test_refusals_name_the_row(tokenizer, processor):
