@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from biasunlearn_trainer.data_builders.schema import Faults
-from biasunlearn_trainer.eval.metrics import share
+from biasunlearn_trainer.eval.metrics import is_chosen, share
 from biasunlearn_trainer.eval.schema import MetricValue, TaskResult
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.eval.tasks.base import Item, Task, draw_evenly
@@ -77,8 +77,8 @@ class MultipleChoiceTask(Task):
                     "prompt": question.text,
                     "expected": _option(question, question.answer),
                     "answer": _option(question, chosen),
-                    "correct": _is_chosen(by_letter, question.answer),
-                    "correct_text": _is_chosen(by_text, question.answer),
+                    "correct": is_chosen(by_letter, question.answer),
+                    "correct_text": is_chosen(by_text, question.answer),
                     "logp_completion": by_letter[question.answer],
                     "logps_letters": by_letter,
                     "logps_per_character": by_text,
@@ -187,11 +187,6 @@ def _fault(record: Sequence[str], answers: Sequence[str]) -> str | None:
     if record[-1].strip() not in answers:
         return f"the answer is {record[-1]!r:.40}, expected one of {', '.join(answers)}"
     return None
-
-
-def _is_chosen(values: Sequence[float], place: int) -> bool:
-    """Whether the value at a place is larger than all others; a tie is no choice."""
-    return all(values[place] > value for other, value in enumerate(values) if other != place)
 
 
 def _option(question: Question, place: int) -> str:
