@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from biasunlearn_trainer.collators import CompletionCollator
-from biasunlearn_trainer.completions import forward_completions
+from biasunlearn_trainer.completions import forward_completions, generating_model
 from biasunlearn_trainer.models import evaluating, tokenizer_of
 
 Row = Mapping[str, Any]
@@ -144,6 +144,52 @@ class Scorer:
         _check_finite(scores, lambda index: self.tokenizer.decode(rows[index]["completion_ids"]))
         return scores
 
+    def score_last_token(
+        self, rows: Sequence[Row], choices: Sequence[Sequence[str]], desc: str | None = None
+    ) -> list[list[float]]:
+        """Score completions of a row that differ in their last token alone, all in one forward pass a row.
+
+        Args:
+            rows: plain text with `prompt` and, where there are pictures, `images`; a `completion` is not looked at.
+            choices: the completions of each row; no EOS is put behind them.
+            desc: title of a progress bar on the main process; None shows none.
+
+        Returns:
+            For every row, in nats, log pi(last token | what stands before it) of each of its choices.
+
+        Raises:
+            ValueError: where choices of a row differ in more than their last token, or the model gives NaN or infinite
+                log-probabilities.
+        """
+        last_ids = self._last_ids(choices)
+        collator = CompletionCollator(self.processing_class, append_eos=False)
+        asked = [
+            {**row, "completion": several[0], "last_ids": ids}
+            for row, several, ids in zip(rows, choices, last_ids, strict=True)
+        ]
+        logps = self._over_batches(asked, lambda batch: self._score_last(collator(batch), batch), desc)
+        if broken := [i for i, values in enumerate(logps) if not all(map(math.isfinite, values))]:
+            raise _not_finite(len(broken), len(rows), broken[0], choices[broken[0]][0])
+        return logps
+
+    def _last_ids(self, choices: Sequence[Sequence[str]]) -> list[list[int]]:
+        """The last token of each choice, after checking that the tokens before it are the same within a row."""
+        texts = list(dict.fromkeys(text for several in choices for text in several))
+        ids = dict(zip(texts, self.tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
+        for several in choices:
+            if len({tuple(ids[text][:-1]) for text in several}) != 1 or not all(ids[text] for text in several):
+                raise ValueError(
+                    f"Choices must be the same but for one last token, got {list(several)[:4]}, in tokens "
+                    f"{[ids[text] for text in several][:4]}. Score such completions one by one."
+                )
+        return [[ids[text][-1] for text in several] for several in choices]
+
+    def _score_last(self, batch: dict[str, Tensor], rows: Sequence[Row]) -> list[list[float]]:
+        output = forward_completions(self.model, self._on_device(batch))
+        last = output.mask.sum(1).cumsum(0) - 1  # where the last token of each row is predicted
+        logps = output.logits[last].float().log_softmax(-1).cpu()
+        return [row_logps[row["last_ids"]].tolist() for row_logps, row in zip(logps, rows, strict=True)]
+
     def generate(self, rows: Sequence[Row], max_new_tokens: int = 16, desc: str | None = None) -> list[str]:
         """Answer every row's prompt by greedy decoding.
 
@@ -223,7 +269,7 @@ class Scorer:
         empty = [{**row, "completion": "" if isinstance(row["prompt"], str) else []} for row in rows]
         batch = self._on_device(collator.prompt_batch(empty))
         width = batch["input_ids"].shape[1]
-        generated = self.model.generate(
+        generated = generating_model(self.model, batch).generate(
             **batch,
             do_sample=False,
             num_beams=1,
@@ -251,8 +297,11 @@ def _check_finite(scores: Sequence[CompletionScore], text_of: Callable[[int], An
     """Raise a ValueError that shows the first of the rows whose log-probability is NaN or infinite."""
     broken = [index for index, score in enumerate(scores) if not math.isfinite(score.logp)]
     if broken:
-        raise ValueError(
-            f"The model gives no finite log-probability for {len(broken)} of {len(scores)} rows, the first of them "
-            f"row {broken[0]} ({text_of(broken[0])!r:.80}). Its weights have probably diverged: train with a lower "
-            "learning rate or for fewer steps."
-        )
+        raise _not_finite(len(broken), len(scores), broken[0], text_of(broken[0]))
+
+
+def _not_finite(num_broken: int, num_rows: int, first: int, text: Any) -> ValueError:
+    return ValueError(
+        f"The model gives no finite log-probability for {num_broken} of {num_rows} rows, the first of them row {first} "
+        f"({text!r:.80}). Its weights have probably diverged: train with a lower learning rate or for fewer steps."
+    )

@@ -15,9 +15,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("name", choices=sorted(RECIPES), help="which testbed")
     parser.add_argument("--cache_dir", help="where to keep it; default $BIASUNLEARN_CACHE or ~/.cache/biasunlearn")
     parser.add_argument("--data_dir", help="folder of the open data sets, for stereoset; default $BIASUNLEARN_DATA")
+    parser.add_argument("--seed", type=int, help="another seed than the default: another world, other weights")
     parser.add_argument("--contact_sheet", type=Path, metavar="FILE.png", help="also draw example rows into this file")
     args = parser.parse_args(argv)
-    testbed = build(args.name, cache_dir=args.cache_dir, data_dir=args.data_dir)
+    testbed = build(args.name, cache_dir=args.cache_dir, data_dir=args.data_dir, seed=args.seed)
     print("\n".join(describe(testbed)))
     if args.contact_sheet:
         if not testbed.tasks[0].startswith("planted="):

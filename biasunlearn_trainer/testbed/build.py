@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.testbed.cache import MANIFEST, build_once
 from biasunlearn_trainer.testbed.recipe import (
     FORMAT_VERSION,
+    EntitiesRecipe,
     Recipe,
     StereoSetRecipe,
     TraitsRecipe,
@@ -29,6 +30,7 @@ RECIPES: dict[str, Recipe] = {
     "llama": WorldRecipe(name="llama", steps=600),  # words are learned sooner than pictures
     "traits": TraitsRecipe(),
     "stereoset": StereoSetRecipe(),
+    "entities": EntitiesRecipe(),
 }
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pillow")
 
@@ -38,12 +40,13 @@ class Testbed:
     """A built testbed.
 
     Attributes:
-        name: `llava`, `llama`, `traits` or `stereoset`.
+        name: `llava`, `llama`, `traits`, `stereoset` or `entities`.
         model_path: the planted model with its processor or tokenizer, a folder for `load_model` and `load_processor`.
         oracle_path: its unbiased twin, in the same layout; None where the truth is not known.
         instruct_path: the planted model after an instruction tuning that left its bias in place, in the same layout and
             with weights of the same shapes, so that an adapter of one loads into the other; None where there is none.
-        datasets: folder of each training stream: `forget`, `retain`, and `preferred` or `utility` where there is one.
+        datasets: folder of each training stream: `forget`, `retain`, and `preferred` or `utility` where there is one;
+            of `entities` the sets of one forget split.
         tasks: specs of the evaluation tasks, `NAME[@LABEL]=PATH`.
         instruct_tasks: further specs, for the instruct model alone; empty where there is none.
         manifest: recipe, versions, row counts and what the models answer right.
@@ -59,6 +62,34 @@ class Testbed:
     tasks: list[str]
     instruct_tasks: list[str]
     manifest: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of the testbed lies."""
+        return Path(self.model_path).parent
+
+    def with_split(self, name: str) -> Testbed:
+        """The same testbed with the sets and tasks of another forget split; the model is the same.
+
+        Args:
+            name: a split of `entities`, `forgetPP_N` with PP percent of the people and N the number of the draw.
+
+        Raises:
+            ValueError: for an unknown split, or a testbed that has none.
+        """
+        splits = self.manifest.get("splits", {})
+        if name not in splits:
+            near = get_close_matches(name, splits, n=1)
+            there = f"there are {', '.join(splits)}" if splits else "entities has some, this testbed has none"
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"testbed {self.name} has no split {name!r}; {there}.{hint}")
+        split = splits[name]
+        return replace(
+            self,
+            datasets={stream: str(self.folder / path) for stream, path in split["datasets"].items()},
+            tasks=_placed(split["tasks"], self.folder),
+            manifest={**self.manifest, "num_rows": split["num_rows"]},
+        )
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Testbed:
@@ -88,16 +119,19 @@ def build(
     cache_dir: str | os.PathLike | None = None,
     data_dir: str | os.PathLike | None = None,
     recipe: Recipe | None = None,
+    seed: int | None = None,
 ) -> Testbed:
     """Build a testbed, or take it from the cache.
 
     Args:
         name: `llava` (tiny LLaVA and pictures, two to three minutes on two cores), `llama` (tiny Llama, the same scenes
-            in words), `traits` (tiny Llama and invented stereotypes in StereoSet's shape, two to three minutes) or
-            `stereoset` (a small Llama into which StereoSet's stereotypes were trained).
+            in words), `traits` (tiny Llama and invented stereotypes in StereoSet's shape, two to three minutes),
+            `stereoset` (a small Llama into which StereoSet's stereotypes were trained) or `entities` (tiny LLaVA that
+            knows made-up people by face and by name, four to five minutes).
         cache_dir: where to keep it; by default $BIASUNLEARN_CACHE or ~/.cache/biasunlearn.
         data_dir: folder of the open data sets, for `stereoset`; by default $BIASUNLEARN_DATA.
         recipe: another recipe than the default one; it gets a cache folder of its own.
+        seed: another seed than the recipe's, for another world and other weights; None leaves the recipe's.
 
     Raises:
         ValueError: for an unknown name, or a recipe of another testbed.
@@ -105,6 +139,8 @@ def build(
             is what was built from these very files.
     """
     recipe = _check(name, recipe)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
     builder, data_sha256 = _builder(recipe, data_dir)
     folder = cache_home(cache_dir) / "testbeds" / recipe_key(recipe, data_sha256)
 
@@ -156,6 +192,10 @@ def _fill(recipe: Recipe, target: Path, data: Path | None = None) -> dict[str, A
         from biasunlearn_trainer.testbed.planted_traits import build_traits
 
         return build_traits(recipe, target)
+    if isinstance(recipe, EntitiesRecipe):
+        from biasunlearn_trainer.testbed.planted_entities import build_entities
+
+        return build_entities(recipe, target)
     from biasunlearn_trainer.testbed.planted_world import build_world
 
     return build_world(recipe, target)
@@ -168,6 +208,8 @@ def describe(testbed: Testbed) -> Sequence[str]:
         lines.append(f"oracle   {testbed.oracle_path}")
     if testbed.instruct_path:
         lines.append(f"instruct {testbed.instruct_path}")
+    if splits := testbed.manifest.get("splits"):
+        lines.append(f"splits   {', '.join(splits)}; shown is {testbed.manifest['default_split']}")
     lines += [
         f"{stream:8} {path}  ({testbed.manifest['num_rows'][stream]} rows)" for stream, path in testbed.datasets.items()
     ]

@@ -15,14 +15,19 @@ ROWS_FILE = "rows.parquet"
 
 
 def write_rows(rows: Sequence[dict[str, Any]], folder: Path) -> int:
-    """Write rows of one schema to `folder/rows.parquet`; pictures are stored as PNG.
+    """Write rows of one schema to `folder/rows.parquet`; pictures are stored as PNG, all else is text or lists of it.
 
     Returns the number of rows.
     """
-    features = Features({name: List(Image()) if name == "images" else Value("string") for name in rows[0]})
+    features = Features({name: _feature(name, value) for name, value in rows[0].items()})
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(list(rows), features=features).to_parquet(folder / ROWS_FILE)
     return len(rows)
+
+
+def _feature(name: str, value: Any) -> Any:
+    kind = Image() if name == "images" else Value("string")
+    return List(kind) if isinstance(value, list) else kind
 
 
 @contextmanager

@@ -252,7 +252,7 @@ class EntitiesRecipe:
     picture_batch: int = 44
     text_batch: int = 20
     name_share: float = 0.85
-    steps: int = 2200
+    steps: int = 1400
     learning_rate: float = 2e-3
     language_model: LanguageModelSize = field(
         default_factory=lambda: LanguageModelSize(hidden_size=128, intermediate_size=256, max_positions=64)

@@ -192,3 +192,34 @@ def test_two_processes_give_the_scores_of_one(tiny_llama, text_rows, tmp_path):
     alone = [s.logp for s in Scorer(load_model(tiny_llama), load_processor(tiny_llama), batch_size=2).score(rows)]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"scores{rank}").read_text()) == pytest.approx(alone, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_last_tokens_of_choices_equal_scores_one_by_one(name, request, text_rows, image_rows):
+    model, processing_class = request.getfixturevalue(name)
+    rows = text_rows(5) if name == "llama" else [*image_rows(3), *text_rows(2)]
+    scorer = Scorer(model, processing_class, batch_size=2)
+    choices = [[f" an{end}" for end in "xyz"[: 1 + i % 3]] for i in range(5)]
+    for row, several, logps in zip(rows, choices, scorer.score_last_token(rows, choices), strict=True):
+        whole = scorer.score([{**row, "completion": text} for text in several], append_eos=False)
+        before = scorer.score([{**row, "completion": several[0][:-1]}], append_eos=False)[0]
+        assert logps == pytest.approx([score.logp - before.logp for score in whole], abs=1e-4)
+
+
+def test_choices_that_differ_in_more_than_one_token_are_refused(llama, text_rows):
+    with pytest.raises(ValueError, match="the same but for one last token, got \\[' ax', ' by'\\]"):
+        Scorer(*llama).score_last_token(text_rows(1), [[" ax", " by"]])
+
+
+def test_broken_weights_have_no_last_tokens(llama, text_rows):
+    model, tokenizer = load_broken(llama)
+    with pytest.raises(ValueError, match="no finite log-probability for 2 of 2 rows, the first of them row 0"):
+        Scorer(model, tokenizer).score_last_token(text_rows(2), [[" x", " y"]] * 2)
+
+
+def load_broken(llama):
+    from copy import deepcopy
+
+    model = deepcopy(llama[0])
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    return model, llama[1]

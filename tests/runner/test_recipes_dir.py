@@ -126,8 +126,8 @@ def named_data(tmp_path, monkeypatch, tiny_llama):
 def small_world(tmp_path, tiny_llama, tiny_llava, monkeypatch):
     """Stands in for the built testbeds, whose models take minutes to train."""
 
-    def build(name: str) -> SimpleNamespace:
-        pictures = name == "llava"
+    def build(name: str, seed: int | None = None) -> SimpleNamespace:
+        pictures = name in ("llava", "entities")
         streams = (
             ("forget", "retain", "utility") if name in ("stereoset", "traits") else ("forget", "retain", "preferred")
         )
@@ -139,6 +139,12 @@ def small_world(tmp_path, tiny_llama, tiny_llava, monkeypatch):
             paths = {f"stereoset@{part}": tmp_path / f"{part}.json" for part in ("train", "probe", "report")}
             for path in paths.values():
                 write_stereoset(path)
+        elif name == "entities":
+            asked = {"kind": "forget_vqa", "choices": ["baker", "pilot"]}
+            paths = {
+                f"entities@{part}": write_rows(tmp_path / f"{part}.jsonl", " Bidola baker", pictures, **asked)
+                for part in ("validation", "report")
+            }
         else:
             report = write_rows(tmp_path / "report.jsonl", " So.", pictures, kind="ambiguous", rejected=" Not so.")
             paths = {"planted": report}
@@ -155,6 +161,7 @@ def test_the_promised_recipes_are_there():
     methods = ("ga", "ga_diff", "kl_min", "npo")
     promised = {"demo", "planted_llama_npo", "planted_stereoset_npo", "qwen2vl_npo", "gpt2_npo", "llama3_npo"}
     promised |= {f"planted_llava_{method}" for method in (*methods, "simnpo", "idk_dpo")}
+    promised |= {f"planted_entities_{method}" for method in methods}
     steered = ("gpt2", "llama3", "mistral", "qwen2", "planted_llama", "planted_llava", "planted_stereoset")
     promised |= {f"{model}_biasunlearn" for model in steered} | {"mistral_transfer"}
     promised |= {f"llava_{method}" for method in methods}

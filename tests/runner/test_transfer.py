@@ -248,7 +248,7 @@ def test_null_means_no_transfer(tmp_path):
 def testbeds(tiny_llama, sibling, report, monkeypatch):
     """Testbeds of which one has an instruct sibling, with a task of its own."""
 
-    def build(name):
+    def build(name, seed=None):
         shared = {"model_path": tiny_llama, "oracle_path": None, "datasets": {}, "tasks": [f"planted={report}"]}
         own = (sibling, [f"retain_set@questions={report}"]) if name == "traits" else (None, [])
         return SimpleNamespace(**shared, instruct_path=own[0], instruct_tasks=own[1])
