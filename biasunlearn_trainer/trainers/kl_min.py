@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -46,6 +46,17 @@ class KLMinTrainer(UnlearnTrainer):
     """
 
     config_class: ClassVar = KLMinConfig
+
+    @classmethod
+    def check_masking(cls, args: UnlearnConfig, mask: Any | None = None) -> None:
+        """Refuses a mask over the ascent where the KL runs on the same forward pass and would be masked with it."""
+        masked = mask is not None or args.saliency_mask is not None
+        if masked and args.mask_scope == "forget" and args.kl_stream == "forget":
+            raise ValueError(
+                "With kl_stream='forget' a saliency mask of scope 'forget' would cover the KL too, which is there to "
+                "retain. Use kl_stream 'retain', or mask_scope 'update'."
+            )
+        super().check_masking(args, mask)
 
     @classmethod
     def retain_loss(cls, args: UnlearnConfig) -> str:

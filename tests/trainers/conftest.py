@@ -35,13 +35,28 @@ def make_trainer(tiny_llama, tiny_llava, text_rows, image_rows, tmp_path):
             other = rows(5, "r") + text_rows(3, "t") * (modality == "image")
             if "retain" in trainer_class.streams(args):
                 datasets["retain_dataset"] = other
+            if method == "pubg":
+                datasets["forget_dataset"] = guided(datasets["forget_dataset"])
             if method == "biasunlearn":
                 datasets = bias_pairs(rows(num_forget, "f"), rows(num_forget, "r")) | {"utility_dataset": other}
                 datasets["bias_probe"] = one_type_swapped
         model = model or load_model(str(tiny_llama if modality == "text" else tiny_llava))
         return trainer_class(model=model, args=args, peft_config=peft_config, **datasets)
 
+    make.folder = tmp_path
     return make
+
+
+def guided(rows):
+    """Rows with reference answers of different lengths; the original model stands behind every second one."""
+    return [
+        {
+            **row,
+            "guidance": "A person in " + "red, " * (i % 3) + "blue.",
+            "guidance_prompt": f"Only what is seen! {row['prompt']}" if i % 2 else None,
+        }
+        for i, row in enumerate(rows)
+    ]
 
 
 def bias_pairs(stereotypes, anti_stereotypes):
