@@ -15,6 +15,7 @@ METHODS = {
     "simnpo": ("simnpo", "SimNPOTrainer"),
     "dpo": ("dpo", "UnlearnDPOTrainer"),
     "idk_dpo": ("dpo", "UnlearnDPOTrainer"),  # the name in Maini 2024
+    "pubg": ("pubg", "PUBGTrainer"),
     "biasunlearn": ("biasunlearn", "BiasUnlearnTrainer"),
     "mmunlearner": ("mmunlearner", "MMUnlearnerTrainer"),
 }
