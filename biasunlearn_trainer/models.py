@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
@@ -96,7 +97,32 @@ def load_model(
     if _is_adapter(name_or_path):
         return _put_on(load_model(_base_of(name_or_path), **options), name_or_path)
     config = load_config(name_or_path, revision, trust_remote_code)
-    return model_class(config).from_pretrained(name_or_path, use_safetensors=True, **options)
+    model = model_class(config).from_pretrained(name_or_path, use_safetensors=True, **options)
+    accept_published_names(model)
+    return model
+
+
+def accept_published_names(model: PreTrainedModel) -> None:
+    """Make `load_state_dict` take weights under the names that `save_pretrained` writes.
+
+    Families that were renamed inside transformers (LLaVA, Qwen2-VL) are saved under their published names. The Trainer
+    loads a checkpoint's file as it stands: it would find none of its names, warn, and go on from the weights of the
+    start.
+
+    Args:
+        model: changed in place; once is enough, twice does no harm.
+    """
+    model.register_load_state_dict_pre_hook(_take_own_names)
+
+
+def _take_own_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str, *_: object) -> None:
+    own = model.state_dict()
+    if prefix or not state_dict.keys() - own.keys():
+        return
+    names = {id(tensor): name for name, tensor in own.items()}
+    for published, tensor in revert_weight_conversion(model, dict(own)).items():
+        if published in state_dict and published not in own and id(tensor) in names:
+            state_dict[names[id(tensor)]] = state_dict.pop(published)
 
 
 def _is_adapter(path: str) -> bool:

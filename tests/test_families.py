@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from biasunlearn_trainer.collators import CompletionCollator, StreamCollator, choose_rows
@@ -357,3 +358,19 @@ def test_a_family_whose_groups_cannot_be_found(tiny_llava):
         module_groups(model, {"language_model": ["model.language_model", "lm_hed"]})
     for fault in ("'lm_hed' of group 'language_model' is no part", "'lm_head' is in no group", "'model.eye' is in no"):
         assert fault in str(raised.value)
+
+
+def test_a_saved_file_loads_as_the_trainer_loads_it(family, tiny_family):
+    """LLaVA's and Qwen2-VL's weights are saved under other names than the model's own."""
+    folder = tiny_family(family)
+    saved = load_file(folder / "model.safetensors")
+    model = load_model(str(folder))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for value in model.parameters():
+            value.zero_()
+    result = model.load_state_dict(saved, strict=False)
+    assert not result.unexpected_keys
+    tied = {"language_model.lm_head.weight"} if family == "blip2" else set()
+    assert set(result.missing_keys) <= tied
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
