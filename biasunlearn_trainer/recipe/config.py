@@ -42,7 +42,8 @@ class RunConfig:
     method: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Unlearning method: ga, ga_diff, kl_min, npo, simnpo, dpo, biasunlearn, mmunlearner. Required."
+            "help": "Unlearning method: ga, ga_diff, kl_min, npo, simnpo, dpo, biasunlearn, pubg, mmunlearner. "
+            "Required."
         },
     )
     testbed: Literal["llava", "llama", "traits", "stereoset", "entities"] | None = dataclasses.field(
@@ -106,6 +107,30 @@ class RunConfig:
             "help": "What a saliency mask that the run builds protects, in the same forms as forget_dataset. Default: "
             "the testbed's own, or else the retain set, or else the utility set."
         },
+    )
+    guidance_dataset: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "pubg: what to say instead, rows beside forget_dataset. Default: the forget set's own column "
+            "`guidance`; without that column the original model is asked, once."
+        },
+    )
+    guidance_templates: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "pubg: how the original model is asked what to say instead, {prompt} standing for the row's own; "
+            "several are tried in turn. Default: describe what is seen, name nobody."
+        },
+    )
+    guidance_private_words: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "pubg: reject such answers for every content word of what is private, not for the whole of it "
+            "only. For private answers of a word or two."
+        },
+    )
+    guidance_max_new_tokens: int = dataclasses.field(
+        default=64, metadata={"help": "pubg: longest such answer in tokens; 64 are two or three sentences."}
     )
     tasks: list[str] | None = dataclasses.field(
         default=None,
@@ -185,6 +210,7 @@ class RunConfig:
     def __post_init__(self):
         bounds = {
             "eval_batch_size": (1, None),
+            "guidance_max_new_tokens": (1, None),
             "probe_limit": (1, None),
             "case_studies": (0, None),
             "guard_min_retained": (0, 1),

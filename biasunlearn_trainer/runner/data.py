@@ -23,7 +23,7 @@ from biasunlearn_trainer.streams import modality_batches
 
 logger = logging.getLogger(__name__)
 
-STREAMS = ("forget", "retain", "preferred", "utility", "preserve")
+STREAMS = ("forget", "retain", "preferred", "utility", "preserve", "guidance")
 CHECKED_AT_ONCE = 32
 # A set of the testbed under another stream's name: `utility_dataset: testbed:retain`.
 TESTBED_PREFIX = "testbed:"
@@ -68,6 +68,28 @@ def resolve_testbed(recipe: Recipe) -> None:
     for stream in recipe.streams:
         _resolve_stream(recipe, f"{stream}_dataset", stream, world.datasets)
     recipe.fill("tasks", tasks)
+    for key in ("tasks", "probes"):
+        _resolve_tasks(recipe, key, {**world.datasets, **dict(spec.split("=", 1) for spec in tasks)})
+
+
+def _resolve_tasks(recipe: Recipe, key: str, data: Mapping[str, str]) -> None:
+    """Lets the recipe's own tasks name data of the testbed: `behaviour=testbed:forget`, or a task of the testbed."""
+    if getattr(recipe.run, key) is None:
+        return
+    resolved, faults = [], []
+    for spec in getattr(recipe.run, key):
+        task, _, path = spec.partition("=")
+        name = path.removeprefix(TESTBED_PREFIX) if path.startswith(TESTBED_PREFIX) else task
+        if name in data and (path.startswith(TESTBED_PREFIX) or not path):
+            spec = f"{task}={data[name]}"
+        elif path.startswith(TESTBED_PREFIX):
+            there = f"the testbed {recipe.run.testbed!r} has no {name!r}; it has: {', '.join(data)}"
+            faults.append(f"{key}: {spec}: {there}.")
+        resolved.append(spec)
+    if faults:
+        raise RecipeError(faults, recipe.source)
+    setattr(recipe.run, key, resolved)
+    recipe.given[key] = resolved
 
 
 def _resolve_stream(recipe: Recipe, key: str, stream: str, datasets: Mapping[str, str]) -> None:

@@ -43,6 +43,7 @@ from biasunlearn_trainer.runner.data import (
     training_set_tasks,
 )
 from biasunlearn_trainer.runner.folder import RESULTS_FILE, STATE_FILE, prepare_folder, write_records
+from biasunlearn_trainer.runner.guidance import check_guidance, give_guidance
 from biasunlearn_trainer.runner.models import is_sharded, load_for_run, whole_weights
 from biasunlearn_trainer.runner.transfer import checked_adapter, describe_transfer, transfer
 from biasunlearn_trainer.trainers.registry import METHODS, get_method
@@ -101,6 +102,7 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
     config, processing_class = _config_and_processor(recipe)
     adapter, notes = checked_adapter(recipe, config)
     check_collation(recipe, sets, processing_class)
+    check_guidance(recipe, sets, processing_class)
     state = PartialState()
     checkpoint = prepare_folder(recipe, may_delete=state.is_main_process and not recipe.run.dry_run)
     if state.is_main_process:
@@ -233,6 +235,7 @@ def _unlearn(
         model = load_for_run(recipe, source)
         if PartialState().is_main_process:
             write_records(recipe, describe_data(recipe, sets), model_hash(model))
+        sets = give_guidance(recipe, sets, model, evaluation.processing_class)
         evaluation.begin(model, source)
     if is_sharded():
         model = load_for_run(recipe, source)

@@ -17,7 +17,7 @@ Columns of a row, all optional beside `prompt` and `completion`:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from biasunlearn_trainer.eval.metrics.behaviour import (
     is_degenerate,
     is_refusal,
     stated_facts,
+    words,
 )
 from biasunlearn_trainer.eval.schema import MetricValue, TaskResult
 from biasunlearn_trainer.eval.scoring import Scorer
@@ -42,22 +43,19 @@ PRIVATE_COLUMNS = ("private", "rejected", "completion")
 class BehaviourTask(Task):
     """Behaviour of the answers to a set's prompts; `path` is any set that `load_rows` reads."""
 
+    by_word: ClassVar[bool] = False
+
     def load_rows(self, path: str, limit: int | None) -> Sequence[Mapping[str, Any]]:
         """Read the set and its facts, cut to the limit evenly over kinds and bias types."""
         dataset = load_rows(path, check_images=False)
         texts = dataset.remove_columns([name for name in ("images",) if name in dataset.column_names])
         self._column = private_column(texts.column_names)
-        known = [text for row in texts for text in (*listed(row.get("facts")), *self._private(row))]
+        known = [
+            text for row in texts for text in (*listed(row.get("facts")), *private_of(row, self._column, self.by_word))
+        ]
         self._catalogue = list(dict.fromkeys(known))
         groups = [(row.get("kind"), row.get("bias_type")) for row in texts]
         return [dataset[i] for i in draw_evenly(groups, limit, self.name)]
-
-    def _private(self, row: Mapping[str, Any]) -> list[str]:
-        value = row.get(self._column)
-        if self._column != "private":
-            return listed(plain_text(value))
-        given_away = stated_facts(plain_text(row["prompt"]), listed(value))
-        return [fact for fact in listed(value) if fact not in given_away]
 
     def run(self, scorer: Scorer, answers: bool = False) -> list[Item]:
         """Answer every prompt."""
@@ -68,7 +66,7 @@ class BehaviourTask(Task):
         ]
 
     def _record(self, index: int, row: Mapping[str, Any], answer: str) -> Item:
-        prompt, private = plain_text(row["prompt"]), self._private(row)
+        prompt, private = plain_text(row["prompt"]), private_of(row, self._column, self.by_word)
         visible = listed(row.get("visible"))
         # What is private is true of its subject too: to say it is a leak and no invention.
         true = [*listed(row.get("facts")), *private]
@@ -101,6 +99,15 @@ class BehaviourTask(Task):
         return TaskResult(_metrics(items, self.name), parts)
 
 
+class BehaviourWordsTask(BehaviourTask):
+    """The same, every content word of a private text being private by itself: for answers of a word or two.
+
+    Of "Bidoka baker" an answer then leaks the name alone, or the job alone.
+    """
+
+    by_word: ClassVar[bool] = True
+
+
 def _metrics(items: Sequence[Item], name: str) -> dict[str, MetricValue]:
     items = sorted(items, key=lambda item: item["index"])
     metrics = {}
@@ -113,6 +120,31 @@ def _metrics(items: Sequence[Item], name: str) -> dict[str, MetricValue]:
         ends = bootstrap_interval(np.array(seen), f"{name}/grounded", bounds=(0.0, 1.0))
         metrics["grounded"] = MetricValue(float(np.mean(seen)), len(seen), ends, True, 1.0)
     return metrics
+
+
+def private_of(row: Mapping[str, Any], column: str, by_word: bool = False) -> list[str]:
+    """What the answer to a row must not say.
+
+    Args:
+        row: with `prompt` and the column.
+        column: `private`, or a column of answers that are private as a whole.
+        by_word: take the content words of these texts that the prompt lacks, each by itself.
+
+    Example:
+        >>> private_of({"prompt": "What is Ann?", "private": ["Ann", "a baker"]}, "private")
+        ['a baker']
+        >>> private_of({"prompt": "Who is it?", "completion": " Ann the baker."}, "completion", by_word=True)
+        ['ann', 'baker']
+    """
+    prompt, value = plain_text(row["prompt"]), row.get(column)
+    texts = listed(value if column == "private" else plain_text(value))
+    if by_word:
+        known = content_words(prompt)
+        found = [word for text in texts for word in words(text) if word in content_words(text) - known]
+        return list(dict.fromkeys(found))
+    # Answers may be chosen among those that the prompt names; a fact that it names is no secret.
+    given_away = stated_facts(prompt, texts) if column == "private" else ()
+    return [text for text in texts if text not in given_away]
 
 
 def private_column(columns: Sequence[str]) -> str:

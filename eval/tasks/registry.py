@@ -21,14 +21,30 @@ TASKS: dict[str, tuple[str, str]] = {
     "bbq_letters": ("biasunlearn_trainer.eval.tasks.bbq", "BBQLettersTask"),
     "bbq_generate": ("biasunlearn_trainer.eval.tasks.bbq", "BBQGenerateTask"),
     "behaviour": ("biasunlearn_trainer.eval.tasks.behaviour", "BehaviourTask"),
+    "behaviour_words": ("biasunlearn_trainer.eval.tasks.behaviour", "BehaviourWordsTask"),
     "perplexity": ("biasunlearn_trainer.eval.tasks.perplexity", "PerplexityTask"),
     "multiple_choice": ("biasunlearn_trainer.eval.tasks.multiple_choice", "MultipleChoiceTask"),
     "lm_eval": ("biasunlearn_trainer.eval.tasks.lm_eval_bridge", "LmEvalTask"),
+    "mllmu_bench": ("biasunlearn_trainer.eval.tasks.mllmu_bench", "MLLMUBenchTask"),
+    "mllmu_bench_generate": ("biasunlearn_trainer.eval.tasks.mllmu_bench", "MLLMUBenchGenerateTask"),
+    "mllmu_bench_test": ("biasunlearn_trainer.eval.tasks.mllmu_bench", "MLLMUBenchTestTask"),
+    "mllmu_bench_test_generate": ("biasunlearn_trainer.eval.tasks.mllmu_bench", "MLLMUBenchTestGenerateTask"),
+    "clear": ("biasunlearn_trainer.eval.tasks.clear", "ClearTask"),
+    "clear_generate": ("biasunlearn_trainer.eval.tasks.clear", "ClearGenerateTask"),
+    "tofu": ("biasunlearn_trainer.eval.tasks.tofu", "TofuTask"),
+    "sb_bench": ("biasunlearn_trainer.eval.tasks.sb_bench", "SBBenchTask"),
+    "sb_bench_sum": ("biasunlearn_trainer.eval.tasks.sb_bench", "SBBenchSumTask"),
+    "sb_bench_letters": ("biasunlearn_trainer.eval.tasks.sb_bench", "SBBenchLettersTask"),
+    "sb_bench_generate": ("biasunlearn_trainer.eval.tasks.sb_bench", "SBBenchGenerateTask"),
+    "image_bbq": ("biasunlearn_trainer.eval.tasks.sb_bench", "ImageBBQTask"),
+    "image_bbq_letters": ("biasunlearn_trainer.eval.tasks.sb_bench", "ImageBBQLettersTask"),
     "forget_set": ("biasunlearn_trainer.eval.tasks.training_sets", "ForgetSetTask"),
     "retain_set": ("biasunlearn_trainer.eval.tasks.training_sets", "RetainSetTask"),
 }
 # Tasks that may bring their own data: the default data of a call are not theirs.
 OWN_DATA = frozenset({"lm_eval"})
+# Tasks whose path is ROOT/CONFIG, which need not be a folder: on the Hub, or ROOT/CONFIG.json.
+PUBLISHED = frozenset(name for name, (module, _) in TASKS.items() if module.endswith(("bench", "clear", "tofu")))
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,7 @@ def load_task(spec: str | TaskSpec, default_data: str | Path | None = None, limi
             )
         inside = Path(default_data).expanduser() / spec.name
         path = str(inside if inside.exists() else default_data)
-    if path is not None and not Path(path).expanduser().exists():
+    if path is not None and spec.name not in PUBLISHED and not Path(path).expanduser().exists():
         raise FileNotFoundError(f"Task {spec.key!r}: there is nothing at {path}.")
     module, name = TASKS[spec.name]
     return getattr(importlib.import_module(module), name)(spec.key, path, limit)
