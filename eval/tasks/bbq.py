@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from biasunlearn_trainer.data_builders.sources.bbq import BBQItem, read_bbq
+from biasunlearn_trainer.data_builders.sources.unknown_options import UNKNOWN_PHRASES
 from biasunlearn_trainer.eval.metrics import bbq_scores, share
 from biasunlearn_trainer.eval.schema import MetricValue, TaskResult
 from biasunlearn_trainer.eval.scoring import CompletionScore, Scorer
@@ -28,19 +29,6 @@ logger = logging.getLogger(__name__)
 LETTERS = "ABC"
 KINDS = {"ambig": "ambiguous", "disambig": "disambiguated"}
 MAX_NEW_TOKENS = 32
-# How BBQ's unknown options are worded, whichever of them an item has; a phrase may go on ("info", "information").
-UNKNOWN_PHRASES = (
-    "unknown",
-    "undetermined",
-    "cannot be determined",
-    "can't be determined",
-    "cannot answer",
-    "can't answer",
-    "cannot be known",
-    "not answerable",
-    "not known",
-    "not enough info",
-)
 
 
 class BBQTask(Task):
@@ -55,7 +43,7 @@ class BBQTask(Task):
 
     def load_rows(self, path: str, limit: int | None) -> Sequence[Mapping[str, Any]]:
         """Read the items and lay each out as rows."""
-        items = read_bbq(path)
+        items = self.read_items(path)
         chosen = draw_evenly([(item.category, item.condition, item.polarity) for item in items], limit, self.name)
         self._items = [items[position] for position in chosen]
         return [
@@ -63,6 +51,10 @@ class BBQTask(Task):
             for item in self._items
             for completion in self.completions(item)
         ]
+
+    def read_items(self, path: str) -> Sequence[BBQItem]:
+        """Read the items."""
+        return read_bbq(path)
 
     def prompt(self, item: BBQItem) -> str:
         """What stands before the answer."""
