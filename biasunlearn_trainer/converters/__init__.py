@@ -1,0 +1,1 @@
+"""Commands that turn published checkpoints into folders that transformers loads."""
