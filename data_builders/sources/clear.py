@@ -26,13 +26,11 @@ from typing import Any
 
 from biasunlearn_trainer.data_builders.schema import Faults
 from biasunlearn_trainer.data_builders.sources.people import Question
+from biasunlearn_trainer.data_builders.sources.pictured_rows import StoredPicture, check_pictures, picture_table
 from biasunlearn_trainer.data_builders.sources.published import (
-    StoredPicture,
-    check_pictures,
     config_name,
     load_config,
     missing_columns,
-    picture_table,
     sibling,
     text_rows,
 )

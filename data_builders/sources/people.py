@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from biasunlearn_trainer.data_builders.sources.published import PicturedRows, StoredPicture
+from biasunlearn_trainer.data_builders.sources.pictured_rows import PicturedRows, StoredPicture
 
 MODALITIES = ("vqa", "qa")
 FORMS = ("choice", "generation", "cloze")

@@ -5,80 +5,24 @@
     data/tofu/forget10                data/tofu/forget10.json, or .jsonl, .csv, .parquet
     ucf-crcv/SB-Bench/real            OWNER/NAME/CONFIG on the Hub; CONFIG may name a split of the only configuration
 
-Pictures stay where they are stored (memory-mapped Arrow) until one is opened.
+Pictures stay where they are stored until one is opened (`pictured_rows`).
 """
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
-from biasunlearn_trainer.data_builders.images import image_bytes, image_fault, nearest_files
-from biasunlearn_trainer.data_builders.schema import DECODING_THREADS, Faults
+from biasunlearn_trainer.data_builders.images import nearest_files
+from biasunlearn_trainer.data_builders.schema import Faults
 from biasunlearn_trainer.data_builders.sources.plain import SAVED_DATASET_FILES
 from biasunlearn_trainer.data_builders.sources.records import READERS, data_suffix, read_records
 
 SUFFIXES = (*READERS, ".parquet")
-
-
-@dataclass(frozen=True)
-class StoredPicture:
-    """A picture in a set, read when it is opened.
-
-    Attributes:
-        table: the set, reduced to the picture's column.
-        row: its row there.
-        place: its place in the row's list of pictures.
-    """
-
-    table: Dataset
-    row: int
-    place: int = 0
-
-    @property
-    def stored(self) -> Any:
-        """The picture as stored: `{"bytes", "path"}`, or None."""
-        value = self.table[self.row].column(0)[0].as_py()
-        return value[self.place] if isinstance(value, list) else value
-
-    def open(self) -> PIL.Image.Image:
-        """The picture; each call opens it anew, so that no decoded one stays in memory."""
-        return PIL.Image.open(io.BytesIO(image_bytes(self.stored)))
-
-
-class PicturedRows(Sequence):
-    """Rows of which some have a picture that is opened when the row is read.
-
-    Args:
-        rows: rows without `images`.
-        pictures: of each row its picture, or None.
-    """
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], pictures: Sequence[StoredPicture | None]):
-        if len(rows) != len(pictures):
-            raise ValueError(f"Got {len(rows)} rows and {len(pictures)} pictures; each row needs one, or None.")
-        self._rows, self._pictures = rows, pictures
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        picture = self._pictures[index]
-        row = dict(self._rows[index])
-        return row if picture is None else {**row, "images": [picture.open()]}
-
-    def take(self, indices: Iterable[int]) -> PicturedRows:
-        """The rows at some places."""
-        indices = list(indices)
-        return PicturedRows([self._rows[i] for i in indices], [self._pictures[i] for i in indices])
 
 
 def config_name(path: str | os.PathLike) -> str:
@@ -222,26 +166,3 @@ def text_rows(dataset: Dataset, picture_columns: Sequence[str]) -> Iterator[tupl
                 if isinstance(row.get(name), int) and row[name] >= 0:
                     row[name] = feature.int2str(row[name])
             yield f"row {number}", row
-
-
-def picture_table(dataset: Dataset, column: str) -> Dataset:
-    """The set reduced to its pictures, to make `StoredPicture`s of."""
-    return dataset.select_columns([column]).with_format("arrow")
-
-
-def check_pictures(pictures: Mapping[str, StoredPicture], faults: Faults) -> None:
-    """Notes the pictures that are missing or do not open, decoding each once.
-
-    Args:
-        pictures: by place ("row 3").
-        faults: where they are noted.
-    """
-
-    def fault(picture: StoredPicture) -> str | None:
-        stored = picture.stored
-        return "the picture is missing (null)" if stored is None else image_fault(stored)
-
-    with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        for where, text in zip(pictures, pool.map(fault, pictures.values()), strict=True):
-            if text:
-                faults.add(text, where)

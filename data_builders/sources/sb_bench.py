@@ -41,15 +41,13 @@ from biasunlearn_trainer.data_builders.images import resolve_path
 from biasunlearn_trainer.data_builders.schema import Faults, nearest
 from biasunlearn_trainer.data_builders.sources.bbq import BIAS_TYPES, POLARITIES, SUFFIXES, BBQItem, read_bbq
 from biasunlearn_trainer.data_builders.sources.bbq_targets import METADATA, as_option, plain, read_columns
-from biasunlearn_trainer.data_builders.sources.published import (
+from biasunlearn_trainer.data_builders.sources.pictured_rows import (
     PicturedRows,
     StoredPicture,
     check_pictures,
-    load_config,
-    missing_columns,
     picture_table,
-    text_rows,
 )
+from biasunlearn_trainer.data_builders.sources.published import load_config, missing_columns, text_rows
 from biasunlearn_trainer.data_builders.sources.records import data_suffix
 from biasunlearn_trainer.data_builders.sources.unknown_options import says_unknown
 
@@ -189,6 +187,17 @@ def to_rows(items: Iterable[PicturedItem], polarity: str) -> PicturedRows:
         )
         pictures.append(item.picture)
     return PicturedRows(rows, pictures)
+
+
+def to_report_rows(items: Iterable[PicturedItem]) -> PicturedRows:
+    """Rows for the task `planted`: the right answer, and beside it in `rejected` the biased one where it is told."""
+    items = list(items)
+    rows = []
+    for (row, _), item in zip(to_rows(items, "neutral").stored(), items, strict=True):
+        biased = item.biased if item.condition == "ambig" else None
+        kind = "ambiguous" if item.condition == "ambig" else "disambiguated"
+        rows.append({**row, "kind": kind, "rejected": None if biased is None else f" {item.answers[biased]}"})
+    return PicturedRows(rows, [item.picture for item in items])
 
 
 def split_by_template(

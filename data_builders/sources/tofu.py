@@ -82,6 +82,18 @@ def read_evaluation(path: str | os.PathLike) -> dict[str, list[Question]]:
     return {name: read_questions(sibling(path, name)) for name in names}
 
 
+def retain_path(path: str | os.PathLike) -> str:
+    """The path of the retain configuration that belongs to a forget configuration.
+
+    >>> retain_path("data/TOFU/forget05.json")
+    'data/TOFU/retain95.json'
+    """
+    match = FORGET.fullmatch(config_name(path))
+    if not match:
+        raise ValueError(f"{path} is no forget configuration; expected ROOT/forget01, forget05 or forget10.")
+    return sibling(path, f"retain{100 - int(match[1])}")
+
+
 def read_refusals(path: str | os.PathLike) -> list[str]:
     """Reads `idontknow.jsonl` of the authors' code: plain lines, in spite of the name, each one way to refuse.
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from biasunlearn_trainer.data_builders.sources.people import Question, prompt_and_completion
-from biasunlearn_trainer.data_builders.sources.published import PicturedRows, config_name
+from biasunlearn_trainer.data_builders.sources.pictured_rows import PicturedRows
+from biasunlearn_trainer.data_builders.sources.published import config_name
 from biasunlearn_trainer.eval.metrics import contains_answer, is_chosen, rouge_l, written_letter
 from biasunlearn_trainer.eval.metrics.choice import LETTERS
 from biasunlearn_trainer.eval.metrics.written import rouge_scorer

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from biasunlearn_trainer.data_builders.sources.published import PicturedRows
+from biasunlearn_trainer.data_builders.sources.pictured_rows import PicturedRows
 from biasunlearn_trainer.data_builders.sources.sb_bench import PicturedItem, read_image_bbq, read_sb_bench
 from biasunlearn_trainer.eval.tasks.bbq import BBQGenerateTask, BBQLettersTask, BBQSumTask, BBQTask
 
