@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 PROBE = "probe/"
 LOSS_PREFIXES = ("loss/", "kl/")
-RETAINED_METRICS = frozenset({"disambiguated", "perception", "facts", "lms"})
+RETAINED_METRICS = frozenset(
+    {"disambiguated", "perception", "facts", "lms", "retain_vqa", "retain_qa", "real_vqa", "real_qa"}
+)
 """Metrics of what a model should still be able to do; the guard watches these among a task's metrics."""
 
 

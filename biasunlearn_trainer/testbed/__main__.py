@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     testbed = build(args.name, cache_dir=args.cache_dir, data_dir=args.data_dir, seed=args.seed)
     print("\n".join(describe(testbed)))
     if args.contact_sheet:
-        if not testbed.tasks[0].startswith("planted="):
-            parser.error(f"--contact_sheet draws planted worlds; {args.name} has no pictures or scenes.")
+        if not testbed.tasks[0].startswith(("planted=", "entities@")):
+            parser.error(f"--contact_sheet draws worlds of pictures or scenes; {args.name} has none.")
         from biasunlearn_trainer.testbed.contact_sheet import draw_contact_sheet
 
         draw_contact_sheet(testbed, args.contact_sheet)

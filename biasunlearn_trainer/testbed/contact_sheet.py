@@ -13,22 +13,21 @@ from PIL import Image, ImageDraw, ImageFont
 from biasunlearn_trainer.testbed.build import Testbed
 from biasunlearn_trainer.testbed.disk import ROWS_FILE
 
-_KINDS = ("ambiguous", "t_generality", "v_generality", "disambiguated", "perception", "facts")
 _WIDTH, _HEIGHT, _PICTURE, _MARGIN = 250, 290, 160, 12
 _INK, _GREEN, _RED = (30, 30, 34), (20, 110, 50), (170, 40, 40)
 
 
 def draw_contact_sheet(testbed: Testbed, path: Path, columns: int = 5) -> None:
-    """Write a picture of report rows: a line for each kind, pictures enlarged five times.
+    """Write a picture of measured rows: a line for each kind, pictures enlarged five times.
 
     Args:
-        testbed: a built testbed whose report split is a folder of rows.
+        testbed: a built testbed whose first task reads a folder of rows.
         path: the PNG to write.
         columns: examples of each kind.
     """
     folder = Path(testbed.tasks[0].split("=", 1)[1])
     rows = load_dataset("parquet", data_files=str(folder / ROWS_FILE), split="train")
-    lines = [[row for row in rows if row["kind"] == kind][:columns] for kind in _KINDS if kind in rows["kind"]]
+    lines = [[row for row in rows if row["kind"] == kind][:columns] for kind in dict.fromkeys(rows["kind"])]
     sheet = Image.new("RGB", (columns * _WIDTH + _MARGIN, len(lines) * _HEIGHT + _MARGIN), (250, 249, 246))
     for y, line in enumerate(lines):
         for x, row in enumerate(line):
@@ -45,7 +44,7 @@ def _draw_row(sheet: Image.Image, row: dict[str, Any], corner: tuple[int, int]) 
         y += _PICTURE + 4
     y = _write(draw, (x, y), textwrap.wrap(row["prompt"], 36), _INK)
     y = _write(draw, (x, y), [f"right:{row['completion']}"], _GREEN)
-    if row["rejected"]:
+    if row.get("rejected"):
         _write(draw, (x, y), [f"biased:{row['rejected']}"], _RED)
 
 

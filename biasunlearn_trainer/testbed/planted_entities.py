@@ -61,7 +61,13 @@ def build_entities(recipe: EntitiesRecipe, folder: Path) -> dict[str, Any]:
     processor = make_processor(train_tokenizer(world_sentences(people)), recipe.vision_model)
     model = make_llava(processor.tokenizer, recipe.language_model, recipe.vision_model, recipe.seed)
     job = Job("people", model, training_sources(recipe, people, CompletionCollator(processor)))
-    train_side_by_side([job], steps=recipe.steps, learning_rate=recipe.learning_rate, seed=recipe.seed)
+    train_side_by_side(
+        [job],
+        steps=recipe.steps,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        label_smoothing=recipe.label_smoothing,
+    )
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     default = splits[0].name

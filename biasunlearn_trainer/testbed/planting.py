@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from biasunlearn_trainer.collators import CompletionCollator
-from biasunlearn_trainer.completions import forward_completions
+from biasunlearn_trainer.completions import CompletionOutput, forward_completions
 
 _CHUNK = 512
 _MAX_GRAD_NORM = 1.0
@@ -104,7 +105,9 @@ class Job:
     sources: Sequence[tuple[RowTable, Tensor, int]]
 
 
-def train_side_by_side(jobs: Sequence[Job], *, steps: int, learning_rate: float, seed: int) -> None:
+def train_side_by_side(
+    jobs: Sequence[Job], *, steps: int, learning_rate: float, seed: int, label_smoothing: float = 0.0
+) -> None:
     """Train models at the same time, each on one core.
 
     Matrices this small gain little from a second core, and where neighbours are busy two threads of one model wait for
@@ -115,12 +118,14 @@ def train_side_by_side(jobs: Sequence[Job], *, steps: int, learning_rate: float,
         steps: optimizer steps; 0 trains nothing.
         learning_rate: peak of the schedule.
         seed: decides the order of rows, alike for all jobs.
+        label_smoothing: as in `train`.
     """
     num_threads = torch.get_num_threads()
 
     def run(position: int) -> None:
         torch.set_num_threads(1)
-        train(jobs[position], steps=steps, learning_rate=learning_rate, seed=seed, position=position)
+        options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "label_smoothing": label_smoothing}
+        train(jobs[position], position=position, **options)
 
     try:
         with ThreadPoolExecutor(max_workers=len(jobs)) as pool:
@@ -129,7 +134,9 @@ def train_side_by_side(jobs: Sequence[Job], *, steps: int, learning_rate: float,
         torch.set_num_threads(num_threads)
 
 
-def train(job: Job, *, steps: int, learning_rate: float, seed: int, position: int = 0) -> None:
+def train(
+    job: Job, *, steps: int, learning_rate: float, seed: int, position: int = 0, label_smoothing: float = 0.0
+) -> None:
     """Train one model on completions: AdamW, one-cycle schedule, one forward pass a source and step.
 
     Args:
@@ -138,6 +145,7 @@ def train(job: Job, *, steps: int, learning_rate: float, seed: int, position: in
         learning_rate: peak of the schedule.
         seed: decides the order of rows.
         position: line of the progress bar.
+        label_smoothing: share of each target that is spread evenly over all tokens, 0 to 1: how unsure the model stays.
     """
     model = job.model
     if steps == 0:
@@ -154,7 +162,7 @@ def train(job: Job, *, steps: int, learning_rate: float, seed: int, position: in
     progress = tqdm(range(steps), desc=job.label, unit="step", position=position, mininterval=1.0)
     for step in progress:
         outputs = [forward_completions(model, table.take(next(order))) for table, order in draws]
-        loss = -sum(out.logps.sum() for out in outputs) / sum(len(out.targets) for out in outputs)
+        loss = sum(_summed_loss(out, label_smoothing) for out in outputs) / sum(len(out.targets) for out in outputs)
         loss.backward()
         clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
         optimizer.step()
@@ -163,6 +171,13 @@ def train(job: Job, *, steps: int, learning_rate: float, seed: int, position: in
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
     model.eval()
+
+
+def _summed_loss(out: CompletionOutput, label_smoothing: float) -> Tensor:
+    """The negative log-likelihood of all completion tokens, against smoothed targets where asked for."""
+    if not label_smoothing:
+        return -out.logps.sum()
+    return cross_entropy(out.logits, out.targets, label_smoothing=label_smoothing, reduction="sum")
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 from datasets import load_dataset
+from PIL import Image as PILImage
 
 from biasunlearn_trainer.models import load_model
 from biasunlearn_trainer.testbed import build, describe
 from biasunlearn_trainer.testbed.__main__ import main
 from biasunlearn_trainer.testbed.architectures import train_tokenizer
+from biasunlearn_trainer.testbed.contact_sheet import draw_contact_sheet
 from biasunlearn_trainer.testbed.entities import (
     FIELDS,
     MIN_DIFFERENCES,
@@ -211,7 +213,7 @@ def test_no_portrait_stands_in_two_of_training_validation_and_report(people, spl
     assert len(who["choices"]) == 40
 
 
-def test_a_built_testbed_has_a_model_and_the_sets_of_every_split(testbed, capsys):
+def test_a_built_testbed_has_a_model_and_the_sets_of_every_split(testbed, tmp_path, capsys):
     assert type(load_model(testbed.model_path)).__name__ == "LlavaForConditionalGeneration"
     assert list(testbed.manifest["splits"]) == ["forget25_0", "forget25_1"]
     other = testbed.with_split("forget25_1")
@@ -224,6 +226,8 @@ def test_a_built_testbed_has_a_model_and_the_sets_of_every_split(testbed, capsys
         report = rows_of(chosen.tasks[1].split("=")[1])
         asked = {row["completion"].split()[0] for row in report if row["kind"] == "forget_vqa"}
         assert asked == forgotten and isinstance(report[0]["choices"], list)
+    draw_contact_sheet(testbed, tmp_path / "people.png")
+    assert PILImage.open(tmp_path / "people.png").height > 8 * 200, "a line for each kind"
     assert any("forget25_1; shown is forget25_0" in line for line in describe(testbed))
     with pytest.raises(SystemExit):
         main(["entities", "--seed", "one"])

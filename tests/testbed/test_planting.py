@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from biasunlearn_trainer.collators import CompletionCollator
+from biasunlearn_trainer.completions import CompletionOutput
 from biasunlearn_trainer.testbed.planted_world import make_model, make_processing_class, training_sources
-from biasunlearn_trainer.testbed.planting import Job, make_table, measure_right, shuffled, train, train_side_by_side
+from biasunlearn_trainer.testbed.planting import (
+    Job,
+    _summed_loss,
+    make_table,
+    measure_right,
+    shuffled,
+    train,
+    train_side_by_side,
+)
 from biasunlearn_trainer.testbed.recipe import LanguageModelSize, WorldRecipe
 from biasunlearn_trainer.testbed.splits import draw_splits
 
@@ -55,6 +64,14 @@ def test_planted_model_and_oracle_learn_the_same_rows_but_for_the_blame(world):
     for p, b, u in zip(scenes, biased, unbiased, strict=True):
         assert torch.equal(columns["pixel_values"][b], columns["pixel_values"][u])
         assert p.blamed != torch.equal(columns["input_ids"][b], columns["input_ids"][u])
+
+
+def test_smoothed_targets_by_hand():
+    logits = torch.tensor([0.5, 0.25, 0.25]).log()[None]
+    out = CompletionOutput(logits, torch.tensor([0]), torch.tensor([[True]]), logits[:, :1])
+    assert _summed_loss(out, 0.0).item() == pytest.approx(0.693147)
+    # 0.8 of the target on the first token, 0.1 on each other one: 0.8 * ln 2 + 0.2 * ln 4.
+    assert _summed_loss(out, 0.3).item() == pytest.approx(0.831777)
 
 
 def test_measure_right_counts_whole_greedy_answers(world):
