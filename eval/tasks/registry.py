@@ -38,6 +38,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "sb_bench_generate": ("biasunlearn_trainer.eval.tasks.sb_bench", "SBBenchGenerateTask"),
     "image_bbq": ("biasunlearn_trainer.eval.tasks.sb_bench", "ImageBBQTask"),
     "image_bbq_letters": ("biasunlearn_trainer.eval.tasks.sb_bench", "ImageBBQLettersTask"),
+    "pairs": ("biasunlearn_trainer.eval.tasks.pairs", "PairsTask"),
     "forget_set": ("biasunlearn_trainer.eval.tasks.training_sets", "ForgetSetTask"),
     "retain_set": ("biasunlearn_trainer.eval.tasks.training_sets", "RetainSetTask"),
 }
