@@ -46,12 +46,14 @@ class RunConfig:
             "Required."
         },
     )
-    testbed: Literal["llava", "llama", "traits", "stereoset", "entities"] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Planted-bias world that gives the model, oracle, datasets and tasks that the recipe leaves out. "
-            "Default none: the recipe names its own."
-        },
+    testbed: Literal["llava", "qwen2vl", "blip2", "minigpt4", "llama", "traits", "stereoset", "entities"] | None = (
+        dataclasses.field(
+            default=None,
+            metadata={
+                "help": "Planted-bias world that gives the model, oracle, datasets and tasks that the recipe leaves out. "
+                "Default none: the recipe names its own."
+            },
+        )
     )
     testbed_model: Literal["planted", "instruct"] = dataclasses.field(
         default="planted",

@@ -18,6 +18,7 @@ from biasunlearn_trainer.testbed.cache import MANIFEST, build_once
 from biasunlearn_trainer.testbed.recipe import (
     FORMAT_VERSION,
     EntitiesRecipe,
+    QFormerWorldRecipe,
     Recipe,
     StereoSetRecipe,
     TraitsRecipe,
@@ -27,6 +28,9 @@ from biasunlearn_trainer.testbed.recipe import (
 
 RECIPES: dict[str, Recipe] = {
     "llava": WorldRecipe(),
+    "qwen2vl": WorldRecipe(name="qwen2vl", steps=2000, learning_rate=3e-3),
+    "blip2": QFormerWorldRecipe(name="blip2"),
+    "minigpt4": QFormerWorldRecipe(name="minigpt4"),
     "llama": WorldRecipe(name="llama", steps=600),  # words are learned sooner than pictures
     "traits": TraitsRecipe(),
     "stereoset": StereoSetRecipe(),
@@ -40,7 +44,7 @@ class Testbed:
     """A built testbed.
 
     Attributes:
-        name: `llava`, `llama`, `traits`, `stereoset` or `entities`.
+        name: `llava`, `qwen2vl`, `blip2`, `minigpt4`, `llama`, `traits`, `stereoset` or `entities`.
         model_path: the planted model with its processor or tokenizer, a folder for `load_model` and `load_processor`.
         oracle_path: its unbiased twin, in the same layout; None where the truth is not known.
         instruct_path: the planted model after an instruction tuning that left its bias in place, in the same layout and
@@ -124,7 +128,8 @@ def build(
     """Build a testbed, or take it from the cache.
 
     Args:
-        name: `llava` (tiny LLaVA and pictures, two to three minutes on two cores), `llama` (tiny Llama, the same scenes
+        name: `llava` (tiny LLaVA and pictures, two to three minutes on two cores), `qwen2vl`, `blip2`, `minigpt4` (the
+            same world, tiny models of these families; Qwen2-VL needs torchvision), `llama` (tiny Llama, the same scenes
             in words), `traits` (tiny Llama and invented stereotypes in StereoSet's shape, two to three minutes),
             `stereoset` (a small Llama into which StereoSet's stereotypes were trained) or `entities` (tiny LLaVA that
             knows made-up people by face and by name, four to five minutes).

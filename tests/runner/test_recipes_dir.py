@@ -23,7 +23,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 PLANTED = [name for name in RECIPES if "testbed:" in (FOLDER / name).read_text()]
 REAL = sorted(set(RECIPES) - set(PLANTED))
-WITH_PICTURES = ("llava", "qwen2vl", "demo")
+WITH_PICTURES = ("llava", "qwen2vl", "blip2", "minigpt4", "demo")
 
 
 def resolve(name: str, *words: str):
@@ -127,7 +127,7 @@ def small_world(tmp_path, tiny_llama, tiny_llava, monkeypatch):
     """Stands in for the built testbeds, whose models take minutes to train."""
 
     def build(name: str, seed: int | None = None) -> SimpleNamespace:
-        pictures = name in ("llava", "entities")
+        pictures = name not in ("llama", "traits", "stereoset")
         streams = (
             ("forget", "retain", "utility") if name in ("stereoset", "traits") else ("forget", "retain", "preferred")
         )
@@ -164,7 +164,7 @@ def test_the_promised_recipes_are_there():
     promised |= {f"planted_entities_{method}" for method in methods}
     steered = ("gpt2", "llama3", "mistral", "qwen2", "planted_llama", "planted_llava", "planted_stereoset")
     promised |= {f"{model}_biasunlearn" for model in steered} | {"mistral_transfer"}
-    promised |= {f"llava_{method}" for method in methods}
+    promised |= {f"llava_{method}" for method in methods} | {"blip2_npo", "minigpt4_npo", "planted_qwen2vl_npo"}
     assert promised <= {Path(name).stem for name in RECIPES}
 
 

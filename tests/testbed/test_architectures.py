@@ -1,15 +1,18 @@
 """Tiny models of real architectures: tokens, image tokens, chats."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from biasunlearn_trainer.collators import CompletionCollator
+from biasunlearn_trainer.completions import forward_completions
 from biasunlearn_trainer.models import load_model, load_processor
 from biasunlearn_trainer.testbed.planted_world import make_model, make_processing_class
+from biasunlearn_trainer.testbed.planting import make_table
 from biasunlearn_trainer.testbed.questions import ask_perception, world_sentences
-from biasunlearn_trainer.testbed.recipe import LanguageModelSize, VisionModelSize, WorldRecipe
+from biasunlearn_trainer.testbed.recipe import LanguageModelSize, QFormerWorldRecipe, VisionModelSize, WorldRecipe
 from biasunlearn_trainer.testbed.scenes import Scene
 from biasunlearn_trainer.testbed.splits import as_row
 
@@ -21,6 +24,14 @@ ROW = as_row(RECIPE, ask_perception(SCENE, "Who stands on the {side}?", "left"),
 @pytest.fixture(scope="module")
 def processor():
     return make_processing_class(RECIPE)
+
+
+def family_recipe(name):
+    """A small recipe of an architecture, or a skip where it cannot be built."""
+    if name == "qwen2vl" and find_spec("torchvision") is None:
+        pytest.skip("Qwen2-VL's processor needs torchvision: pip install -e '.[vision]' -c constraints.txt")
+    recipe_class = QFormerWorldRecipe if name in ("blip2", "minigpt4") else WorldRecipe
+    return recipe_class(name=name, language_model=RECIPE.language_model)
 
 
 def test_every_word_of_the_world_is_one_token(processor):
@@ -78,6 +89,36 @@ def test_a_chat_has_the_very_tokens_of_the_plain_row(processor):
     assert torch.equal(collate([{**ROW, "images": []}])["input_ids"], collate([text])["input_ids"])
 
 
+@pytest.mark.parametrize("name", ["qwen2vl", "blip2", "minigpt4"])
+def test_the_picture_reaches_the_answer_in_every_family(name):
+    recipe = family_recipe(name)
+    processing_class = make_processing_class(recipe)
+    model = make_model(recipe, processing_class).eval()
+    turned = {**ROW, "images": [ROW["images"][0].rotate(180)]}
+    first, second = forward_completions(model, CompletionCollator(processing_class)([ROW, turned])).logps
+    assert abs(first - second) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2vl", "blip2"])
+def test_a_table_gives_the_batches_of_the_collator(name):
+    """Qwen2-VL's pictures come patch by patch: 16 for each row, and not one."""
+    recipe = family_recipe(name)
+    collator = CompletionCollator(make_processing_class(recipe))
+    rows = [{**ROW, "images": [ROW["images"][0].rotate(90 * turns)]} for turns in range(4)]
+    table = make_table(collator, rows)
+    batch, expected = table.rows(torch.tensor([3, 1])).take(torch.tensor([1, 0])), collator([rows[1], rows[3]])
+    assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in batch)
+
+
+def test_every_query_begins_at_a_patch_of_its_own():
+    recipe = family_recipe("blip2")
+    model = make_model(recipe, make_processing_class(recipe)).eval()
+    look = model.qformer.encoder.layer[0].crossattention.attention
+    positions = model.vision_model.embeddings.position_embedding[0, 1:]
+    similar = look.query(model.query_tokens[0]) @ look.key(positions).T
+    assert similar.argmax(1).tolist() == list(range(16))
+
+
 def test_equal_seeds_give_equal_weights_and_leave_the_global_seed_alone(processor):
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -88,19 +129,21 @@ def test_equal_seeds_give_equal_weights_and_leave_the_global_seed_alone(processo
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("name", ["llava", "llama"])
+@pytest.mark.parametrize("name", ["llava", "qwen2vl", "blip2", "minigpt4", "llama"])
 def test_saved_models_load_as_any_other(name, tmp_path):
-    recipe = WorldRecipe(name=name, language_model=RECIPE.language_model)
+    recipe = family_recipe(name)
     processing_class = make_processing_class(recipe)
     model = make_model(recipe, processing_class).eval()
     model.save_pretrained(tmp_path)
     processing_class.save_pretrained(tmp_path)
-    row = ROW if name == "llava" else {**ROW, "images": None}
+    row = {**ROW, "images": None} if name == "llama" else ROW
     before, after = (
         CompletionCollator(processing_class)([row]),
         CompletionCollator(load_processor(str(tmp_path)))([row]),
     )
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    # With torchvision installed another image processor is loaded, which rounds otherwise.
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     loaded = load_model(str(tmp_path)).eval()
     inputs = {key: value for key, value in after.items() if key != "completion_mask"}
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert loaded.state_dict().keys() == model.state_dict().keys()

@@ -17,7 +17,6 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from biasunlearn_trainer.testbed.architectures.llama import (
     TEXT_INIT,
-    VISION_INIT,
     language_model_config,
     seeded,
     token_ids,
@@ -26,10 +25,12 @@ from biasunlearn_trainer.testbed.architectures.tokenizer import IMAGE
 from biasunlearn_trainer.testbed.drawing import IMAGE_SIZE
 from biasunlearn_trainer.testbed.recipe import LanguageModelSize, QFormerSize, VisionModelSize
 
-# Queries that begin as zeros, as the class makes them, would all ask the same and never part.
-_QUERY_INIT = 1.0
-# At 0.08 every query looks at the whole picture alike, and takes long to begin to choose.
-_QFORMER_INIT = 0.2
+# A short training does not find out by itself where to look. So each query begins as the position of one patch, and the
+# first cross-attention compares the two: at first a query sees mostly its own patch, as in LLaVA a token is a patch.
+_POSITION_INIT = 1.0
+_LOOK_INIT = 2.0
+# What is added to a picture on its way must not drown where it stands.
+_IMAGE_HALF_INIT = 0.1
 
 
 def make_blip2_processor(tokenizer: PreTrainedTokenizerFast, qformer: QFormerSize) -> Blip2Processor:
@@ -93,7 +94,7 @@ def _make(
         num_attention_heads=vision.num_heads,
         image_size=IMAGE_SIZE,
         patch_size=vision.patch_size,
-        initializer_range=VISION_INIT,
+        initializer_range=_IMAGE_HALF_INIT,
     )
     qformer_config = Blip2QFormerConfig(
         vocab_size=len(tokenizer),
@@ -103,7 +104,7 @@ def _make(
         num_attention_heads=qformer.num_heads,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=_QFORMER_INIT,
+        initializer_range=_IMAGE_HALF_INIT,
     )
     config = Blip2Config(
         vision_config=vision_config,
@@ -113,7 +114,19 @@ def _make(
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         initializer_range=TEXT_INIT,
     )
-    with seeded(seed), torch.no_grad():
+    with seeded(seed):
         model = Blip2ForConditionalGeneration(config)
-        model.query_tokens.normal_(std=_QUERY_INIT)
+        _let_queries_look(model)
         return model
+
+
+@torch.no_grad()
+def _let_queries_look(model: Blip2ForConditionalGeneration) -> None:
+    """Start the queries at the positions of patches, and the first cross-attention at comparing the two."""
+    positions = model.vision_model.embeddings.position_embedding.normal_(std=_POSITION_INIT)
+    num_queries, num_patches = model.query_tokens.shape[1], positions.shape[1] - 1
+    patches = torch.arange(num_queries) * num_patches // num_queries
+    model.query_tokens[0].copy_(positions[0, 1 + patches % num_patches, : model.query_tokens.shape[2]])
+    look = model.qformer.encoder.layer[0].crossattention.attention
+    torch.nn.init.eye_(look.query.weight).mul_(_LOOK_INIT)
+    torch.nn.init.eye_(look.key.weight)
