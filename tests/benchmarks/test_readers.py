@@ -6,12 +6,14 @@ import re
 import pytest
 from datasets import load_from_disk
 
-from biasunlearn_trainer.data_builders.schema import InvalidDataset
+from biasunlearn_trainer.data_builders.schema import Faults, InvalidDataset
 from biasunlearn_trainer.data_builders.sources import clear as clear_source
 from biasunlearn_trainer.data_builders.sources import mllmu_bench, sb_bench, tofu
 from biasunlearn_trainer.data_builders.sources import tofu as tofu_source
+from biasunlearn_trainer.data_builders.sources.bbq import read_bbq
 from biasunlearn_trainer.data_builders.sources.people import method_sets, to_rows
 from biasunlearn_trainer.data_builders.sources.published import load_config, sibling
+from biasunlearn_trainer.data_builders.sources.records import read_records
 
 
 def test_mllmu_bench(mllmu):
@@ -222,6 +224,23 @@ def test_a_copy_of_bbq_tells_targets(sb_rows, save_sb, tmp_path):
     (tmp_path / "bbq").mkdir()
     (tmp_path / "bbq" / "race.jsonl").write_text(json.dumps(record) + "\n")
     assert [item.target for item in sb_bench.read_sb_bench(tmp_path / "real")] == [0, 2, 0, 1, 0]
+
+
+def test_words_never_tell_a_wrong_target_of_published_items(data_dir):
+    """Of BBQ's published items, whose targets are known, the options' words tell some, and none wrongly."""
+    told = total = 0
+    for file in ("Age", "Religion", "Physical_appearance"):
+        path = data_dir / "bbq" / "data" / f"{file}.jsonl.gz"
+        groups = {
+            f"{row['category']}-{row['example_id']}": row["additional_metadata"]["stereotyped_groups"]
+            for _, row in read_records(path, Faults(file))
+        }
+        for item in read_bbq(path):
+            target = sb_bench._target(item.answers, item.unknown, groups[item.id], None)
+            assert target in (None, item.target), item
+            told += target is not None
+            total += 1
+    assert total == 6456 and told == 2864
 
 
 def test_splits_by_template(sb_rows, save_sb, tmp_path):
