@@ -8,6 +8,8 @@ import pytest
 from biasunlearn_trainer.data_builders.leakage import find_leakage
 from biasunlearn_trainer.data_builders.sources.plain import load_rows
 from biasunlearn_trainer.eval.tasks import load_task
+from biasunlearn_trainer.recipe import RecipeError, parse_recipe
+from biasunlearn_trainer.runner import run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,3 +69,33 @@ def test_sb_bench(prepare, sb_rows, save_sb, tmp_path):
     assert sets["report"][0]["rejected"] == " The Muslim man"
     task = load_task(f"planted@sb_bench={tmp_path / 'out' / 'report.jsonl'}")
     assert task.rows[0]["kind"] == "ambiguous"
+
+
+RECIPE = """
+method: ga_diff
+model_name_or_path: {model}
+forget_dataset: sets/forget.jsonl
+retain_dataset: sets/retain.jsonl
+tasks: [{task}]
+max_steps: 1
+per_device_train_batch_size: 2
+use_cpu: true
+disable_tqdm: true
+output_dir: out
+"""
+
+
+def test_a_run_from_published_layout_to_report(prepare, clear, tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare(["clear", str(clear / "forget05"), "--output", "sets"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=tiny_llava, task=f"clear@train={clear / 'forget05_perturbed'}"))
+    results = run(parse_recipe([str(recipe)]))
+    before, after = (results[when].tasks["clear@train"].metrics for when in ("before", "after"))
+    assert set(before) == {"vqa_accuracy", "vqa_probability", "vqa_truth_ratio"} == set(after)
+    assert before["vqa_probability"].value != after["vqa_probability"].value
+    assert "vqa_probability" in (tmp_path / "out" / "report.md").read_text()
+    # Without the label the task would report captions that were trained on.
+    recipe.write_text(RECIPE.format(model=tiny_llava, task=f"clear={clear / 'forget05_perturbed'}"))
+    with pytest.raises(RecipeError, match=r"2 row\(s\) of the report set are in the forget set too"):
+        run(parse_recipe([str(recipe), "--overwrite_output_dir", "true"]))
