@@ -39,8 +39,8 @@ from datasets import Dataset, Image
 
 from biasunlearn_trainer.data_builders.images import resolve_path
 from biasunlearn_trainer.data_builders.schema import Faults, nearest
-from biasunlearn_trainer.data_builders.sources.bbq import BIAS_TYPES, POLARITIES, SUFFIXES, BBQItem, read_bbq
-from biasunlearn_trainer.data_builders.sources.bbq_targets import METADATA, as_option, plain, read_columns
+from biasunlearn_trainer.data_builders.sources.bbq import BIAS_TYPES, POLARITIES, BBQItem, read_bbq
+from biasunlearn_trainer.data_builders.sources.bbq_targets import as_option, plain, read_columns
 from biasunlearn_trainer.data_builders.sources.pictured_rows import (
     PicturedRows,
     StoredPicture,
@@ -48,7 +48,6 @@ from biasunlearn_trainer.data_builders.sources.pictured_rows import (
     picture_table,
 )
 from biasunlearn_trainer.data_builders.sources.published import load_config, missing_columns, text_rows
-from biasunlearn_trainer.data_builders.sources.records import data_suffix
 from biasunlearn_trainer.data_builders.sources.unknown_options import says_unknown
 
 logger = logging.getLogger(__name__)
@@ -125,21 +124,19 @@ def read_image_bbq(path: str | os.PathLike) -> list[PicturedItem]:
         FileNotFoundError: there is no such file.
     """
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; name one file of BBQ with a column `image`.")
     items = {item.id: item for item in read_bbq(path)}
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if data_suffix(f) in SUFFIXES)
     faults, pictures, places = Faults(str(path)), {}, {}
-    for file in files:
-        if file.name == METADATA:
+    for where, row in read_columns(path, ("category", "example_id", "image"), faults):
+        try:
+            stored = resolve_path(row["image"] or "", path.parent)
+        except ValueError as err:
+            faults.add(str(err), where)
             continue
-        for where, row in read_columns(file, ("category", "example_id", "image"), faults):
-            try:
-                stored = resolve_path(row["image"] or "", file.parent)
-            except ValueError as err:
-                faults.add(str(err), where)
-                continue
-            table = Dataset.from_dict({"image": [stored]}).cast_column("image", Image()).with_format("arrow")
-            pictures[where] = StoredPicture(table, 0)
-            places[f"{str(row['category']).strip()}-{str(row['example_id']).strip()}"] = pictures[where]
+        table = Dataset.from_dict({"image": [stored]}).cast_column("image", Image()).with_format("arrow")
+        pictures[where] = StoredPicture(table, 0)
+        places[f"{str(row['category']).strip()}-{str(row['example_id']).strip()}"] = pictures[where]
     check_pictures(pictures, faults)
     faults.raise_if_any()
     return [PicturedItem(**_fields(item), picture=places[identity]) for identity, item in items.items()]

@@ -37,8 +37,8 @@ def rouge_l(answer: str, reference: str) -> RougeL:
     Raises:
         ImportError: `rouge_score` is not installed; it is an extra.
 
-    Source: Lin 2004, "ROUGE: A package for automatic evaluation of summaries"; MMUnlearner eq. 10-12. TOFU reports the
-    recall, MLLMU-Bench and CLEAR report the F1.
+    Source: Lin 2004, "ROUGE: A package for automatic evaluation of summaries"; MMUnlearner eq. 10-12. The code of
+    TOFU and of CLEAR reports the recall; that of MLLMU-Bench, and of MMUnlearner on CLEAR, the F1.
     """
     score = rouge_scorer().score(reference, answer)["rougeL"]
     return RougeL(score.recall, score.precision, score.fmeasure)

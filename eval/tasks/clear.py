@@ -44,11 +44,21 @@ class ClearTask(PeopleTask):
         for modality in MODALITIES:
             scored = of_kind(items, f"{modality}_generation", "likelihood")
             metrics |= likelihood_metrics(scored, modality, self.name, self.forgets)
+            metrics |= self._recall(of_kind(items, f"{modality}_generation", "rouge"), modality)
         return TaskResult(metrics)
+
+    def _recall(self, items: Sequence[Item], modality: str) -> dict[str, MetricValue]:
+        """ROUGE-L recall, which the authors report; MMUnlearner reports the F1, `*_rouge_l`."""
+        if not items:
+            return {}
+        gone = self.forgets and modality == "vqa"
+        direction = {"ideal": None, "higher_is_better": None} if gone else {}
+        name = f"{modality}_rouge_l_recall"
+        return {name: mean_score([item["rouge_l_recall"] for item in items], f"{self.name}/{name}", **direction)}
 
 
 class ClearGenerateTask(ClearTask):
-    """`*_accuracy` and `*_rouge_l` (F1), from what the model writes."""
+    """`*_accuracy`, `*_rouge_l` (F1) and `*_rouge_l_recall`, from what the model writes."""
 
     ways: ClassVar[Mapping[str, tuple[str, ...]]] = {"choice": ("written",), "generation": ("rouge",)}
 

@@ -8,7 +8,7 @@ from datasets import load_from_disk
 
 from biasunlearn_trainer.data_builders.schema import Faults, InvalidDataset
 from biasunlearn_trainer.data_builders.sources import clear as clear_source
-from biasunlearn_trainer.data_builders.sources import mllmu_bench, sb_bench, tofu
+from biasunlearn_trainer.data_builders.sources import mllmu_bench, published, sb_bench, tofu
 from biasunlearn_trainer.data_builders.sources import tofu as tofu_source
 from biasunlearn_trainer.data_builders.sources.bbq import read_bbq
 from biasunlearn_trainer.data_builders.sources.people import method_sets, to_rows
@@ -302,3 +302,29 @@ def test_image_bbq(tmp_path, sb_rows):
     file.write_text(json.dumps(record | {"image": "gone.png"}) + "\n")
     with pytest.raises(InvalidDataset, match=re.escape("gone.png' does not exist; nearest:")):
         sb_bench.read_image_bbq(file)
+    file.write_text(json.dumps(record | {"image": "../met.png"}) + "\n")
+    with pytest.raises(InvalidDataset, match="lies outside the data file's folder"):
+        sb_bench.read_image_bbq(file)
+    with pytest.raises(FileNotFoundError, match="is a folder; name one file"):
+        sb_bench.read_image_bbq(tmp_path)
+
+
+def test_configurations_and_splits_as_the_hub_serves_them(mllmu, sb_rows, save_sb, tmp_path, monkeypatch):
+    """`datasets` reads a repository on disk by its card as it reads one on the Hub."""
+    card = ["---", "configs:"]
+    for config in ("forget_5", "Test_Set"):
+        card += [f"- config_name: {config}", "  data_files:", "  - split: train", f"    path: {config}/train-*"]
+    (mllmu / "README.md").write_text("\n".join([*card, "---", ""]))
+    save_sb(sb_rows, tmp_path / "SB-Bench")
+    save_sb(sb_rows[:2], tmp_path / "SB-Bench", "synthetic")
+    card = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split in ("real", "synthetic"):
+        card += [f"  - split: {split}", f"    path: data/{split}-*"]
+    (tmp_path / "SB-Bench" / "README.md").write_text("\n".join([*card, "---", ""]))
+    monkeypatch.chdir(tmp_path.parent)
+    root = tmp_path.name
+    assert published._load_from_hub(f"{root}/MLLMU-Bench/forget_5")["ID"] == ["001"]
+    assert len(published._load_from_hub(f"{root}/MLLMU-Bench/Test_Set")) == 3
+    assert len(published._load_from_hub(f"{root}/SB-Bench/synthetic")) == 2
+    with pytest.raises(ValueError, match="has neither a configuration nor a split 'forget_6'"):
+        published._load_from_hub(f"{root}/MLLMU-Bench/forget_6")
