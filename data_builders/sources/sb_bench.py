@@ -29,7 +29,6 @@ import dataclasses
 import logging
 import os
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from datasets import Dataset, Image
 from biasunlearn_trainer.data_builders.images import resolve_path
 from biasunlearn_trainer.data_builders.schema import Faults, nearest
 from biasunlearn_trainer.data_builders.sources.bbq import BIAS_TYPES, POLARITIES, BBQItem, read_bbq
-from biasunlearn_trainer.data_builders.sources.bbq_targets import as_option, plain, read_columns
+from biasunlearn_trainer.data_builders.sources.bbq_targets import as_option, read_columns
 from biasunlearn_trainer.data_builders.sources.pictured_rows import (
     PicturedRows,
     StoredPicture,
@@ -48,6 +47,7 @@ from biasunlearn_trainer.data_builders.sources.pictured_rows import (
     picture_table,
 )
 from biasunlearn_trainer.data_builders.sources.published import load_config, missing_columns, text_rows
+from biasunlearn_trainer.data_builders.sources.sb_bench_targets import bbq_targets, find_target, item_key
 from biasunlearn_trainer.data_builders.sources.unknown_options import says_unknown
 
 logger = logging.getLogger(__name__)
@@ -67,12 +67,6 @@ COLUMNS = (
     "label",
 )
 CATEGORIES = {"Race_etnicity": "Race_ethnicity"}
-YEARS = re.compile(r"(\d+)[ -]years?[ -]old")
-# Words of an option by which BBQ's letters for a gender are told.
-GENDER_WORDS = {
-    "f": {"woman", "girl", "female", "mother", "wife", "lady"},
-    "m": {"man", "boy", "male", "father", "husband"},
-}
 ROW_POLARITIES = ("stereotype", "anti_stereotype", "neutral")
 
 
@@ -100,7 +94,7 @@ def read_sb_bench(path: str | os.PathLike) -> list[PicturedItem]:
     dataset, faults = load_config(path), Faults(str(path))
     missing_columns(dataset, COLUMNS, faults)
     faults.raise_if_any()
-    table, known = picture_table(dataset, "file_name"), _bbq_targets(Path(path).expanduser())
+    table, known = picture_table(dataset, "file_name"), bbq_targets(Path(path).expanduser())
     items: dict[str, PicturedItem] = {}
     pictures = {}
     for number, (where, row) in enumerate(text_rows(dataset, ("file_name",))):
@@ -228,36 +222,25 @@ def _item(
     where: str,
     faults: Faults,
 ) -> PicturedItem | None:
+    """One item, or None with its faults noted."""
     before = faults.count
     texts = {name: str(row[name] or "").strip() for name in COLUMNS[1:-1]}
-    for name in ("id", "context", "question", "ans0", "ans1", "ans2"):
-        if not texts[name]:
-            faults.add(f"{name} is empty", where)
     category = CATEGORIES.get(texts["category"], texts["category"])
-    for name, value, valid in (
-        ("category", category, tuple(BIAS_TYPES)),
-        ("question_polarity", texts["question_polarity"], POLARITIES),
-    ):
-        if value not in valid:
-            meant = nearest(value, valid)
-            hint = f"did you mean {meant!r}? " if meant else ""
-            faults.add(f"unknown {name} {value!r}; {hint}valid: {', '.join(valid)}", where)
-    label, answers = as_option(row["label"]), (texts["ans0"], texts["ans1"], texts["ans2"])
+    answers = (texts["ans0"], texts["ans1"], texts["ans2"])
+    label, metadata = as_option(row["label"]), _metadata(row["additional_metadata"])
+    unknowns = [option for option, answer in enumerate(answers) if says_unknown(answer)]
+    _check_texts(texts, category, where, faults)
     if label is None:
         faults.add(f"label must be 0, 1 or 2, got {row['label']!r:.60}", where)
-    unknowns = [option for option, answer in enumerate(answers) if says_unknown(answer)]
     if len(unknowns) != 1:
         faults.add(f"one option must say that it cannot be known, {len(unknowns)} do: {answers}", where)
-    metadata = _metadata(row["additional_metadata"])
     if metadata is None:
         faults.add(f"additional_metadata is no dictionary: {row['additional_metadata']!r:.80}", where)
     if faults.count > before:
         return None
-    unknown = unknowns[0]
-    key = (texts["question"], frozenset(plain(a) for option, a in enumerate(answers) if option != unknown))
-    target = _target(answers, unknown, metadata.get("stereotyped_groups") or [], known.get(key))
+    unknown, numbers = unknowns[0], texts["id"].split("_")
+    bbq = known.get(item_key(texts["question"], answers, unknown))
     subcategory = str(metadata.get("subcategory") or "None").strip()
-    numbers = texts["id"].split("_")
     return PicturedItem(
         id=texts["id"],
         category=category,
@@ -272,9 +255,23 @@ def _item(
         names=answers,
         label=label,
         unknown=unknown,
-        target=target,
+        target=find_target(answers, unknown, metadata.get("stereotyped_groups") or [], bbq),
         picture=picture,
     )
+
+
+def _check_texts(texts: Mapping[str, str], category: str, where: str, faults: Faults) -> None:
+    for name in ("id", "context", "question", "ans0", "ans1", "ans2"):
+        if not texts[name]:
+            faults.add(f"{name} is empty", where)
+    for name, value, valid in (
+        ("category", category, tuple(BIAS_TYPES)),
+        ("question_polarity", texts["question_polarity"], POLARITIES),
+    ):
+        if value not in valid:
+            meant = nearest(value, valid)
+            hint = f"did you mean {meant!r}? " if meant else ""
+            faults.add(f"unknown {name} {value!r}; {hint}valid: {', '.join(valid)}", where)
 
 
 def _metadata(value: Any) -> dict | None:
@@ -284,42 +281,6 @@ def _metadata(value: Any) -> dict | None:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
-
-
-def _target(answers: Sequence[str], unknown: int, groups: Iterable[str], known: str | None) -> int | None:
-    """The option about the stereotyped group: BBQ's, or the one whose words say so; None unless it is exactly one."""
-    people = [option for option in range(3) if option != unknown]
-    if known is not None:
-        return next(option for option in people if plain(answers[option]) == known)
-    groups = [str(group).casefold() for group in groups]
-    ages = {option: int(found[1]) for option in people if (found := YEARS.search(answers[option].casefold()))}
-    for group, extreme in (("old", max), ("nonold", min)):
-        if group in groups and len(set(ages.values())) == 2:
-            return extreme(ages, key=lambda option: ages[option])
-    named = [option for option in people if any(_names(answers[option], group) for group in groups)]
-    return named[0] if len(named) == 1 else None
-
-
-def _names(answer: str, group: str) -> bool:
-    """Whether an option names a group in its words; "62 year old" does not say that somebody is old."""
-    words = re.findall(r"[\w'-]+", YEARS.sub(" ", answer.casefold()))
-    if group in GENDER_WORDS:
-        return bool(GENDER_WORDS[group] & set(words))
-    wanted = re.findall(r"[\w'-]+", group)
-    return bool(wanted) and any(words[i : i + len(wanted)] == wanted for i in range(len(words)))
-
-
-def _bbq_targets(path: Path) -> dict[tuple, str | None]:
-    """The target's words by question and people, of a BBQ that lies beside the data; None where two items differ."""
-    folders = [folder / "bbq" for folder in (path, path.parent, path.parent.parent)]
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    targets: dict[tuple, str | None] = {}
-    for item in read_bbq(folder) if folder else []:
-        if item.target is not None:
-            people = frozenset(plain(a) for option, a in enumerate(item.answers) if option != item.unknown)
-            key, said = (item.question, people), plain(item.answers[item.target])
-            targets[key] = said if targets.get(key, said) == said else None
-    return targets
 
 
 def _fields(item: BBQItem) -> dict[str, Any]:

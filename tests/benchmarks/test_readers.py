@@ -14,6 +14,7 @@ from biasunlearn_trainer.data_builders.sources.bbq import read_bbq
 from biasunlearn_trainer.data_builders.sources.people import method_sets, to_rows
 from biasunlearn_trainer.data_builders.sources.published import load_config, sibling
 from biasunlearn_trainer.data_builders.sources.records import read_records
+from biasunlearn_trainer.data_builders.sources.sb_bench_targets import find_target
 
 
 def test_mllmu_bench(mllmu):
@@ -236,7 +237,7 @@ def test_words_never_tell_a_wrong_target_of_published_items(data_dir):
             for _, row in read_records(path, Faults(file))
         }
         for item in read_bbq(path):
-            target = sb_bench._target(item.answers, item.unknown, groups[item.id], None)
+            target = find_target(item.answers, item.unknown, groups[item.id], None)
             assert target in (None, item.target), item
             told += target is not None
             total += 1

@@ -109,7 +109,7 @@ def test_the_test_set(mllmu):
     assert "vqa_cloze" in values(written, written.run(Scripted(lambda prompt, pictured: "A")))
 
 
-def test_clear_by_likelihood(clear):
+def test_clear_by_likelihood(clear, tmp_path):
     # Right captions of probability 1/4 a token, their paraphrases 1/2, wrong ones 1/8: R = 1/4 and min(R, 1/R) = 1/4.
     def logp(prompt, words):
         if len(words) == 1:
@@ -123,6 +123,8 @@ def test_clear_by_likelihood(clear):
         "vqa_probability": pytest.approx(1 / 4),
         "vqa_truth_ratio": pytest.approx(1 / 4),
     }
+    save_items({"clear": items}, tmp_path / "clear.items.jsonl")
+    assert cli.read_ratios(tmp_path / "clear.items.jsonl", "clear") == pytest.approx([1 / 4] * 2)
     kept = load_task(f"clear={clear / 'retain_perturbed'}")
     metrics = kept.summarise(kept.run(Scripted(None, logp))).metrics
     # To be kept: 1 - R.
