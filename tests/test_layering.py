@@ -17,7 +17,8 @@ OURS = {
     "version": (),
     "cache": (),
     "losses": ("losses",),
-    "models": ("models",),
+    "groups": (),
+    "models": ("groups", "models"),
     "streams": ("streams",),
     "completions": ("losses", "completions"),
     "fingerprints": ("models",),
@@ -26,6 +27,10 @@ OURS = {
     "collators": ("models", "collators"),
     "reference": ("cache", "models", "collators", "completions", "fingerprints", "streams"),
     "saliency": ("losses", "cache", "models", "collators", "completions", "fingerprints", "streams", "saliency"),
+    "saliency.changes": ("models", "transfer", "saliency"),
+    "saliency.heatmap": ("eval.report", "saliency"),
+    "saliency.report": ("eval.schema", "saliency"),
+    "saliency.__main__": ("runner",),
     "trainers": (
         "losses",
         "models",
@@ -51,9 +56,19 @@ OURS = {
     "eval.schema": ("eval.schema",),
     "eval.metrics": ("eval.metrics", "eval.schema"),
     "eval.evaluate_metrics": ("eval.schema", "eval.metrics", "eval.evaluate_metrics"),
-    "eval.compare": ("eval.schema", "eval.metrics", "eval.compare", "eval.findings", "eval.generalisation"),
+    "eval.compare": (
+        "eval.schema",
+        "eval.metrics",
+        "eval.compare",
+        "eval.findings",
+        "eval.generalisation",
+        "eval.matched_command",
+    ),
     "eval.findings": ("eval.schema", "eval.metrics", "eval.findings", "eval.compare"),
     "eval.generalisation": ("eval.findings", "eval.generalisation"),
+    "eval.matched": ("eval.metrics",),
+    "eval.runs": ("eval.matched", "eval.schema"),
+    "eval.matched_command": ("eval.matched", "eval.runs", "eval.report.tradeoff"),
     "eval.scoring": ("models", "collators", "completions", "eval.scoring"),
     "eval.tasks": ("models", "collators", "completions", "eval", "data_builders"),
     "eval.report": (
@@ -62,6 +77,7 @@ OURS = {
         "eval.compare",
         "eval.findings",
         "eval.generalisation",
+        "eval.matched",
         "eval.report",
         "version",
     ),
@@ -71,7 +87,8 @@ OURS = {
     "guidance": ("cache", "models", "fingerprints", "eval", "data_builders", "guidance"),
     "recipe": None,
     "runner": None,
-    "tables": ("recipe", "eval.schema", "eval.findings", "eval.report", "tables"),
+    "tables": ("recipe", "eval.schema", "eval.findings", "eval.matched", "eval.report", "eval.runs", "tables"),
+    "tables.forked": ("runner", "tables"),
 }
 # Module prefix -> third-party packages it may import when it is imported itself; None: whatever it likes.
 THIRD_PARTY = {
@@ -83,6 +100,7 @@ THIRD_PARTY = {
     "eval.compare": {"numpy"},
     "eval.findings": {"numpy"},
     "eval.generalisation": {"numpy"},
+    "eval.matched": {"numpy"},
     "data_builders": {"datasets", "numpy", "PIL", "pyarrow", "huggingface_hub"},
 }
 

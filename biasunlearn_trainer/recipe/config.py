@@ -50,8 +50,8 @@ class RunConfig:
         dataclasses.field(
             default=None,
             metadata={
-                "help": "Planted-bias world that gives the model, oracle, datasets and tasks that the recipe leaves out. "
-                "Default none: the recipe names its own."
+                "help": "Planted-bias world that gives the model, oracle, datasets and tasks that the recipe leaves "
+                "out. Default none: the recipe names its own."
             },
         )
     )
