@@ -297,3 +297,11 @@ def _comparable(pairs: Sequence[tuple[Mapping, Mapping]]) -> list[str]:
         return bool(values) and measured
 
     return [key for key in fields if is_measured(key)]
+
+
+if __name__ == "__main__":
+    import sys
+
+    from biasunlearn_trainer.eval.matched_command import main
+
+    sys.exit(main())

@@ -7,7 +7,8 @@ and puts the other weights back after every optimizer step, so that neither weig
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +54,7 @@ class GradientMask:
         self._covers = False
         if scope == "forget":
             self._plain_forward = model.forward
-            model.forward = self._forward
+            model.forward = self._masked_forward()
         else:
             for name, value in parameters.items():
                 value.register_hook(self._hide(self._protected[name]))
@@ -72,19 +73,27 @@ class GradientMask:
         finally:
             self._covers = False
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._covers:
-            return self._plain_forward(*args, **kwargs)
-        # The call below comes back to this method, and must then reach the model itself. Tied weights, non-reentrant
-        # checkpointing and the wrappers of DDP see nothing but the usual forward pass.
-        self._covers = False
-        try:
-            weights = {
-                name: _SalientGradient.apply(value, self._protected[name]) for name, value in self._parameters.items()
-            }
-            return functional_call(self.model, weights, args, kwargs)
-        finally:
-            self._covers = True
+    def _masked_forward(self) -> Callable:
+        """The model's forward, which inside `covering()` runs on weights with masked gradients."""
+
+        # Wrapped, so that who asks for the signature (`generate` does) gets the model's own.
+        @functools.wraps(self._plain_forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self._covers:
+                return self._plain_forward(*args, **kwargs)
+            # The call below comes back here, and must then reach the model itself. Tied weights, non-reentrant
+            # checkpointing and the wrappers of DDP see nothing but the usual forward pass.
+            self._covers = False
+            try:
+                weights = {
+                    name: _SalientGradient.apply(value, self._protected[name])
+                    for name, value in self._parameters.items()
+                }
+                return functional_call(self.model, weights, args, kwargs)
+            finally:
+                self._covers = True
+
+        return forward
 
     def restore(self) -> None:
         """Put back the weights that are not salient; after an optimizer step in scope `update`."""

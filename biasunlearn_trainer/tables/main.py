@@ -15,7 +15,9 @@ from pathlib import Path
 from biasunlearn_trainer.recipe import RecipeError
 from biasunlearn_trainer.recipe.keys import nearest
 from biasunlearn_trainer.tables.cells import is_locked, locked, status_of
+from biasunlearn_trainer.tables.forked import ForkError, ForkLauncher
 from biasunlearn_trainer.tables.grid import Launcher, Start, run_cells
+from biasunlearn_trainer.tables.matched import write_matched
 from biasunlearn_trainer.tables.plan import Cell, Table, parse_table
 from biasunlearn_trainer.tables.summary import Summary, missing_columns, summarise
 from biasunlearn_trainer.tables.write import markdown_lines, write_table
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None, script: str | Path = "recipes/r
         faulty table or cells of other recipes in its folder, 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
+    if options.fork and options.launcher is not None:
+        print("Cells are either forked (--fork) or launched (--launcher). Give one of the two.", file=sys.stderr)
+        return 2
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         print(
             "A table is made by one process, which starts every cell anew. Launch it with --num_processes 1 and give "
@@ -50,10 +55,10 @@ def main(arguments: Sequence[str] | None = None, script: str | Path = "recipes/r
         if options.dry_run:
             print(describe_cells(table, chosen, overwrite))
             return 2 if refusals(chosen, overwrite) else 0
-        start = Launcher(Path(script), launch, options.jobs)
+        start = ForkLauncher(options.jobs) if options.fork else Launcher(Path(script), launch, options.jobs)
         with _sigterm_as_interrupt():
             summary = run_table(table, start, chosen, overwrite, options.jobs, _command(options))
-    except RecipeError as err:
+    except (RecipeError, ForkError) as err:
         print(err, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -118,6 +123,8 @@ def _write(table: Table, command: str) -> Summary:
         statuses = {cell: status_of(cell) for cell in table.cells}
         summary = summarise(table, statuses)
         write_table(summary, statuses, command or f"accelerate launch recipes/table.py {table.path}")
+        if table.matched is not None:
+            write_matched(table, statuses)
     return summary
 
 
@@ -182,6 +189,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launcher", metavar="'ARGUMENTS'", help="start every cell with `accelerate launch ARGUMENTS`, in one string"
     )
+    parser.add_argument(
+        "--fork",
+        action="store_true",
+        help="fork the cells from this process, which saves each its imports; for small runs on a CPU",
+    )
     parser.add_argument("--dry_run", action="store_true", help="check everything, say what would be done, run nothing")
     return parser
 
@@ -194,6 +206,7 @@ def _count(text: str) -> int:
 
 def _command(options: argparse.Namespace) -> str:
     launcher = ["--launcher", options.launcher] if options.launcher is not None else []
+    launcher += ["--fork"] if options.fork else []
     return shlex.join(["accelerate", "launch", "recipes/table.py", options.table, *launcher])
 
 

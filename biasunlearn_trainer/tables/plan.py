@@ -16,6 +16,7 @@ docs/tables.md describes the keys.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,10 +25,24 @@ from typing import Any
 
 import yaml
 
+from biasunlearn_trainer.eval.matched import Matching
 from biasunlearn_trainer.recipe import Recipe, RecipeError, parse_recipe
 from biasunlearn_trainer.recipe.keys import nearest, read_yaml
 
-TABLE_KEYS = ("title", "recipe", "recipes", "output_dir", "seeds", "overrides", "rows", "columns", "before", "oracle")
+TABLE_KEYS = (
+    "title",
+    "recipe",
+    "recipes",
+    "output_dir",
+    "seeds",
+    "overrides",
+    "rows",
+    "vary",
+    "columns",
+    "matched",
+    "before",
+    "oracle",
+)
 COLUMN_KEYS = {"task": str, "metric": str, "group": str, "label": str, "change": bool}
 ROW_KEYS = ("recipe", "label")
 STATES = ("before", "oracle")
@@ -77,6 +92,8 @@ class Row:
         recipe: path of the recipe.
         overrides: what all rows and this one set, by key.
         origins: where the table sets each of them, for messages.
+        of: the name of the row that this one is a variation of; its own where nothing is varied.
+        varied: what `vary` sets, by key.
     """
 
     name: str
@@ -84,6 +101,8 @@ class Row:
     recipe: Path
     overrides: Mapping[str, Any]
     origins: Mapping[str, str]
+    of: str = ""
+    varied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,8 +137,9 @@ class Table:
         path: the YAML.
         title: the heading.
         output_dir: holds a folder for every row and the table itself.
-        seeds: the seeds of every row.
+        seeds: the seeds of every row, each with the recipe keys that are set with it.
         columns: what is shown.
+        matched: how methods are compared at matched forgetting; None where they are not.
         cells: all runs, row by row.
         before: whether to show the figures before unlearning.
         oracle: whether to show the oracle's.
@@ -128,8 +148,9 @@ class Table:
     path: Path
     title: str
     output_dir: Path
-    seeds: tuple[int, ...]
+    seeds: Mapping[int, Mapping[str, Any]]
     columns: tuple[Column, ...]
+    matched: Matching | None
     cells: tuple[Cell, ...]
     before: bool
     oracle: bool
@@ -166,13 +187,16 @@ def parse_table(path: str | Path) -> Table:
             faults.append(f"{reader.where[key]}: unknown key `{key}`{_hint(key, TABLE_KEYS)}.")
     rows, columns, seeds = reader.rows(), reader.columns(), reader.seeds()
     output_dir = Path(reader.text("output_dir", f"outputs/tables/{path.stem}"))
-    cells = _parse_cells(rows, seeds or (0,), output_dir, faults)
+    matched = reader.matched([row.name for row in rows])
+    rows = vary_rows(rows, reader.vary(), reader.where.get("vary", str(path)))
+    cells = _parse_cells(rows, seeds or {0: {}}, output_dir, faults)
     table = Table(
         path=path,
         title=reader.text("title", path.stem),
         output_dir=output_dir,
         seeds=seeds,
         columns=columns,
+        matched=matched,
         cells=cells,
         **{state: reader.flag(state) for state in STATES},
     )
@@ -181,7 +205,25 @@ def parse_table(path: str | Path) -> Table:
     return table
 
 
-def _parse_cells(rows: list[Row], seeds: tuple[int, ...], output_dir: Path, faults: list[str]) -> tuple[Cell, ...]:
+def vary_rows(rows: list[Row], vary: Mapping[str, list], where: str) -> list[Row]:
+    """Each row once for every combination of the varied values; rows as they are where nothing is varied."""
+    if not vary:
+        return rows
+    varied = []
+    for row in rows:
+        for values in itertools.product(*vary.values()):
+            chosen = dict(zip(vary, values, strict=True))
+            said = [f"{key} {value}" for key, value in chosen.items()]
+            folder = ".".join([row.name, *(re.sub(r"[^A-Za-z0-9._-]", "_", text.replace(" ", "-")) for text in said)])
+            overrides, origins = {**row.overrides, **chosen}, {**row.origins, **dict.fromkeys(chosen, where)}
+            label = ", ".join([row.label, *said])
+            varied.append(Row(folder, label, row.recipe, overrides, origins, of=row.name, varied=chosen))
+    return varied
+
+
+def _parse_cells(
+    rows: list[Row], seeds: Mapping[int, Mapping[str, Any]], output_dir: Path, faults: list[str]
+) -> tuple[Cell, ...]:
     """Parses every cell's recipe; a fault that all seeds of a row share is said once."""
     cells, said = [], dict.fromkeys(faults)
     with tempfile.TemporaryDirectory() as folder:
@@ -189,9 +231,9 @@ def _parse_cells(rows: list[Row], seeds: tuple[int, ...], output_dir: Path, faul
             entries, row_faults = read_yaml(row.recipe)
             said.update(dict.fromkeys(f"{row.origins['recipe']}: {fault}" for fault in row_faults))
             base = {entry.key: (entry.value, entry.where) for entry in entries}
-            for seed in seeds if not row_faults else ():
+            for seed, with_it in seeds.items() if not row_faults else ():
                 cell_folder = output_dir / row.name / f"seed-{seed}"
-                text, origins = _merge(base, row, seed, cell_folder)
+                text, origins = _merge(base, row, {"seed": seed, **with_it}, cell_folder)
                 draft = Path(folder, "recipe.yaml")
                 draft.write_text(text, encoding="utf-8")
                 try:
@@ -202,10 +244,10 @@ def _parse_cells(rows: list[Row], seeds: tuple[int, ...], output_dir: Path, faul
     return tuple(cells)
 
 
-def _merge(base: Mapping[str, tuple], row: Row, seed: int, folder: Path) -> tuple[str, list[str]]:
+def _merge(base: Mapping[str, tuple], row: Row, of_seed: Mapping[str, Any], folder: Path) -> tuple[str, list[str]]:
     """The recipe of a cell, a key a line, and where each line comes from."""
     own = {key: (value, row.origins[key]) for key, value in row.overrides.items()}
-    grid = {"seed": (seed, "seeds"), "output_dir": (str(folder), "output_dir")}
+    grid = {key: (value, "seeds") for key, value in of_seed.items()} | {"output_dir": (str(folder), "output_dir")}
     merged = {**{k: v for k, v in base.items() if k not in SET_BY_GRID}, **own, **grid}
     lines = [f"{key}: {_flow(value)}" for key, (value, _) in merged.items()]
     origins = [origin for line, (_, origin) in zip(lines, merged.values(), strict=True) for _ in line.splitlines()]
@@ -247,16 +289,48 @@ class _Reader:
     def flag(self, key: str) -> bool:
         return self._get(key, False, bool, "true or false")
 
-    def seeds(self) -> tuple[int, ...]:
+    def seeds(self) -> dict[int, dict[str, Any]]:
         seeds = self.values.get("seeds")
         if seeds is None:
             self.faults.append(f"{self.path}: `seeds` is missing. List them: `seeds: [1, 2, 3]`.")
-            return ()
-        is_list = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
-        if not is_list or len(set(seeds)) < len(seeds):
-            self.faults.append(f"{self.where['seeds']}: `seeds` is {seeds!r}, expected a list of different counts.")
-            return ()
-        return tuple(seeds)
+            return {}
+        listed = list(seeds) if isinstance(seeds, list | dict) else []
+        are_counts = listed and all(type(seed) is int and seed >= 0 for seed in listed)
+        if not are_counts or len(set(listed)) < len(listed):
+            self.faults.append(
+                f"{self.where['seeds']}: `seeds` is {seeds!r}, expected a list of different counts, or a mapping of "
+                "counts to the recipe keys that are set with each."
+            )
+            return {}
+        with_them = seeds if isinstance(seeds, dict) else {seed: {} for seed in listed}
+        for seed, keys in with_them.items():
+            if not isinstance(keys, dict):
+                self.faults.append(f"{self.where['seeds']}: seed {seed} is {keys!r}, expected recipe keys.")
+                return {}
+            self._overrides(keys, "seeds", self.where["seeds"])
+        return {seed: dict(keys) for seed, keys in with_them.items()}
+
+    def vary(self) -> dict[str, list]:
+        vary = self._get("vary", {}, dict, "a mapping of recipe keys to the list of values of each")
+        for key, values in vary.items():
+            if not isinstance(values, list) or not values or len({str(value) for value in values}) < len(values):
+                self.faults.append(f"{self.where['vary']}: `{key}` is {values!r}, expected a list of different values.")
+                return {}
+        self._overrides(vary, "vary", self.where.get("vary", ""))
+        return {key: values for key, values in vary.items() if key not in SET_BY_GRID}
+
+    def matched(self, rows: list[str]) -> Matching | None:
+        given = self.values.get("matched")
+        if given is None:
+            return None
+        try:
+            matching = Matching.of(given)
+            if matching.against is not None and matching.against not in rows:
+                raise ValueError(f"`against` is {matching.against!r}{_hint(str(matching.against), rows)}.")
+            return matching
+        except ValueError as err:
+            self.faults += [f"{self.where['matched']}: matched: {line}" for line in str(err).splitlines()]
+            return None
 
     def columns(self) -> tuple[Column, ...]:
         given = self.values.get("columns")
@@ -328,7 +402,7 @@ class _Reader:
         merged = {**shared, **self._overrides(own, section, at)}
         origins = {key: origin for key, (_, origin) in merged.items()}
         overrides = {key: value for key, (value, _) in merged.items()}
-        return Row(str(name), label, self.path.parent / recipe, overrides, {**origins, "recipe": at})
+        return Row(str(name), label, self.path.parent / recipe, overrides, {**origins, "recipe": at}, of=str(name))
 
     def _overrides(self, given: Mapping[Any, Any], section: str, at: str) -> dict[str, tuple[Any, str]]:
         """Recipe keys with where they are set; those that the grid itself sets are faults."""

@@ -53,7 +53,7 @@ def table_markdown(summary: Summary, command: str) -> str:
     parts = [
         f"# {' '.join(table.title.split())}",
         f"Written by\n\n    {command}",
-        _caption(table.seeds),
+        _caption(tuple(table.seeds), any(table.seeds.values())),
         markdown_lines(summary),
         f"![{cell(table.title)}]({FIGURE_FILE})",
         "Rows:\n" + "".join(f"\n- {cell(row.label)}: {cell(text)}" for row, text in rows_described(table)),
@@ -68,9 +68,15 @@ def table_markdown(summary: Summary, command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _caption(seeds: Sequence[int]) -> str:
+def _caption(seeds: Sequence[int], have_own_keys: bool) -> str:
     if len(seeds) == 1:
         return f"Every figure is of one run (seed {seeds[0]}), with its 95 % interval over items in brackets."
+    if have_own_keys:
+        return (
+            f"Every figure is a mean over {len(seeds)} units (seeds {', '.join(map(str, seeds))}, each with its own "
+            "settings), with the 95 % interval over items in brackets (its ends averaged over units) and ± the "
+            "standard deviation between units."
+        )
     return (
         f"Every figure is a mean over {len(seeds)} seeds ({', '.join(map(str, seeds))}), with the 95 % interval over "
         "items in brackets (its ends averaged over seeds) and ± the standard deviation between seeds. All seeds are "

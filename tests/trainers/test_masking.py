@@ -123,6 +123,16 @@ def test_lora_is_masked_on_b_and_a_stays(make_trainer):
     check_step(again, mask, range(4))
 
 
+def test_a_masked_model_generates(make_trainer, image_rows):
+    """`generate` reads the signature of the model's forward; a probe in training calls it."""
+    from biasunlearn_trainer.eval.scoring import Scorer
+
+    trainer = make_trainer("mmunlearner", "image", **STEP)
+    before = Scorer(trainer.model, trainer.processing_class).generate(image_rows(2), 4)
+    trainer.prepare_saliency()
+    assert Scorer(trainer.model, trainer.processing_class).generate(image_rows(2), 4) == before
+
+
 def test_other_streams_and_methods_keep_their_gradients(make_trainer, tiny_llama):
     """An empty mask leaves of NPO + retain the retain part alone, and of NPO alone nothing."""
     model = load_model(str(tiny_llama))
@@ -191,7 +201,8 @@ trainer = MMUnlearnerTrainer(model=load_model(model), args=args, forget_dataset=
     callbacks=[Gradients()])
 trainer.train()
 bits = {name: trainer.saliency_mask.get(name) for name in trainer.saliency_mask.shapes}
-torch.save({"world": args.world_size, "gradients": seen, "bits": bits}, f"{folder}/{sys.argv[4]}-{args.process_index}.pt")
+told = {"world": args.world_size, "gradients": seen, "bits": bits}
+torch.save(told, f"{folder}/{sys.argv[4]}-{args.process_index}.pt")
 trainer.accelerator.end_training()
 os._exit(0)
 """
@@ -221,7 +232,7 @@ def test_two_processes_make_the_same_mask_and_gradients(tiny_llama, tmp_path):
 def test_what_cannot_be_masked_is_said(make_trainer, text_rows, monkeypatch):
     with pytest.raises(ValueError, match="needs a `saliency_mask`"):
         make_trainer("mmunlearner", saliency_mask=None)
-    with pytest.raises(ValueError, match="no such set. Give a preserve_dataset"):
+    with pytest.raises(ValueError, match=r"no such set\. Give a preserve_dataset"):
         make_trainer("ga", saliency_mask="fisher").train()
     rows = {"forget_dataset": text_rows(4), "preserve_dataset": text_rows(3, "p")}
     with pytest.raises(ValueError, match="'fisher' or 'random', or leave it out"):
