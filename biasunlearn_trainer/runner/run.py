@@ -45,7 +45,9 @@ from biasunlearn_trainer.runner.data import (
 from biasunlearn_trainer.runner.folder import RESULTS_FILE, STATE_FILE, prepare_folder, write_records
 from biasunlearn_trainer.runner.guidance import check_guidance, give_guidance
 from biasunlearn_trainer.runner.models import is_sharded, load_for_run, whole_weights
+from biasunlearn_trainer.runner.saliency import add_to_report, write_mask_report
 from biasunlearn_trainer.runner.transfer import checked_adapter, describe_transfer, transfer
+from biasunlearn_trainer.saliency.distribution import Distribution
 from biasunlearn_trainer.trainers.registry import METHODS, get_method
 
 Items = dict[str, list[dict]]
@@ -88,8 +90,8 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
         RecipeError: the data, the model's path or the output folder do not do; nothing was written or trained.
     """
     started = time.monotonic()
-    _check_world_size(recipe)
-    _check_masking(recipe)
+    check_world_size(recipe)
+    check_masking(recipe)
     resolve_testbed(recipe)
     sets = load_streams(recipe)
     tasks, probes, bias_probe = load_tasks(recipe)
@@ -99,7 +101,7 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
         )
     check_leaks(recipe, sets, tasks, probes, bias_probe)
     tasks = tasks or training_set_tasks(recipe)
-    config, processing_class = _config_and_processor(recipe)
+    config, processing_class = config_and_processor(recipe)
     adapter, notes = checked_adapter(recipe, config)
     check_collation(recipe, sets, processing_class)
     check_guidance(recipe, sets, processing_class)
@@ -123,7 +125,7 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
     return evaluation.results
 
 
-def _check_world_size(recipe: Recipe) -> None:
+def check_world_size(recipe: Recipe) -> None:
     """Refuses the silent failure of a wrong launch: every process alone, each training a model of its own."""
     launched, seen = int(os.environ.get("WORLD_SIZE", 1)), recipe.training.world_size
     if launched != seen:
@@ -131,7 +133,8 @@ def _check_world_size(recipe: Recipe) -> None:
         raise RecipeError([f"{launched} processes were launched, each sees {seen}. {hint}"])
 
 
-def _check_masking(recipe: Recipe) -> None:
+def check_masking(recipe: Recipe) -> None:
+    """Refuses a mask that the method or the launch does not allow."""
     if recipe.trainer_class is not None:
         try:
             recipe.trainer_class.check_masking(recipe.training)
@@ -139,7 +142,8 @@ def _check_masking(recipe: Recipe) -> None:
             raise RecipeError([str(err)], recipe.source) from err
 
 
-def _config_and_processor(recipe: Recipe) -> tuple[Any, Any]:
+def config_and_processor(recipe: Recipe) -> tuple[Any, Any]:
+    """The configuration of the recipe's model, and its tokenizer or processor."""
     name, options = recipe.model.model_name_or_path, {"trust_remote_code": recipe.run.trust_remote_code}
     try:
         config = load_config(name, recipe.model.model_revision, **options)
@@ -200,6 +204,7 @@ class _Evaluation:
         self.recipe, self.tasks, self.processing_class = recipe, tasks, processing_class
         self.results: dict[str, EvalResult] = {}
         self.items: dict[str, Items] = {}
+        self.saliency: Distribution | None = None
 
     def begin(self, model: torch.nn.Module, source: str) -> None:
         """Measures the model as it is, and the oracle where there is one; every process has to call it."""
@@ -239,13 +244,15 @@ def _unlearn(
         evaluation.begin(model, source)
     if is_sharded():
         model = load_for_run(recipe, source)
-    trainer, guard = _build_trainer(recipe, model, evaluation.processing_class, sets, probes, bias_probe)
+    trainer, guard = build_trainer(recipe, model, evaluation.processing_class, sets, probes, bias_probe)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(Path(output_dir) / STATE_FILE))
     trainer.save_model()
+    if trainer.saliency_mask is not None and trainer.is_world_process_zero():
+        evaluation.saliency = write_mask_report(recipe, trainer, output_dir)
     history, model = trainer.state.log_history, trainer.model
     if is_sharded():
         # What was saved is measured: no process holds the trained weights whole.
@@ -259,7 +266,7 @@ def _unlearn(
     return history, guard.messages
 
 
-def _build_trainer(
+def build_trainer(
     recipe: Recipe,
     model: torch.nn.Module,
     processing_class: Any,
@@ -267,6 +274,19 @@ def _build_trainer(
     probes: Sequence[Any],
     bias_probe: Any | None,
 ) -> tuple[Any, CollapseGuard]:
+    """The recipe's trainer with its callbacks.
+
+    Args:
+        recipe: with its testbed resolved.
+        model: the one to unlearn.
+        processing_class: its tokenizer or processor.
+        sets: rows by stream.
+        probes: evaluations during training.
+        bias_probe: the one that steers it, if any.
+
+    Raises:
+        RecipeError: where model, settings and data do not go together.
+    """
     run_config = recipe.run
     set_seed(recipe.training.seed)  # the adapter's first weights are drawn before the Trainer sets its seed
     try:
@@ -312,6 +332,8 @@ def _report(
         num_cases=recipe.run.case_studies,
         seed=recipe.training.seed,
     )
+    if evaluation.saliency is not None:
+        add_to_report(report, evaluation.saliency)
     print(terminal_table(results))
     for sentence in [*messages, *verdicts(results)]:
         print(f"- {sentence}")
