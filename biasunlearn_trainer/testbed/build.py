@@ -29,8 +29,8 @@ from biasunlearn_trainer.testbed.recipe import (
 RECIPES: dict[str, Recipe] = {
     "llava": WorldRecipe(),
     "qwen2vl": WorldRecipe(name="qwen2vl", steps=2000, learning_rate=3e-3),
-    "blip2": QFormerWorldRecipe(name="blip2"),
-    "minigpt4": QFormerWorldRecipe(name="minigpt4"),
+    "blip2": QFormerWorldRecipe(name="blip2", steps=900),
+    "minigpt4": QFormerWorldRecipe(name="minigpt4", steps=900),
     "llama": WorldRecipe(name="llama", steps=600),  # words are learned sooner than pictures
     "traits": TraitsRecipe(),
     "stereoset": StereoSetRecipe(),

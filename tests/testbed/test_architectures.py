@@ -110,6 +110,16 @@ def test_a_table_gives_the_batches_of_the_collator(name):
     assert batch.keys() == expected.keys() and all(torch.equal(batch[key], expected[key]) for key in batch)
 
 
+def test_minigpt4_trains_around_a_frozen_qformer():
+    recipe = family_recipe("minigpt4")
+    frozen = {
+        n.split(".")[0]
+        for n, p in make_model(recipe, make_processing_class(recipe)).named_parameters()
+        if not p.requires_grad
+    }
+    assert frozen == {"query_tokens", "qformer"}
+
+
 def test_every_query_begins_at_a_patch_of_its_own():
     recipe = family_recipe("blip2")
     model = make_model(recipe, make_processing_class(recipe)).eval()

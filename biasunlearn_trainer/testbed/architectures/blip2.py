@@ -76,8 +76,11 @@ def make_minigpt4(
     qformer: QFormerSize,
     seed: int,
 ) -> Blip2ForConditionalGeneration:
-    """A tiny MiniGPT-4 with random weights: BLIP-2's image half and a projection into a Llama."""
-    return _make(language_model_config(tokenizer, size), tokenizer, vision, qformer, seed)
+    """A tiny MiniGPT-4 with random weights: BLIP-2's image half, its Q-Former frozen, and a projection into a Llama."""
+    model = _make(language_model_config(tokenizer, size), tokenizer, vision, qformer, seed)
+    model.query_tokens.requires_grad_(False)
+    model.qformer.requires_grad_(False)
+    return model
 
 
 def _make(
