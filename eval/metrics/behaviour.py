@@ -221,18 +221,23 @@ def distinct_value(texts: Sequence[str], n: int = DISTINCT_N) -> MetricValue | N
     return MetricValue(value, len(texts), (max(0.0, low), min(1.0, high)), None)
 
 
-def behaviour_scores(answers: Sequence[str], prompts: Sequence[str], name: str) -> dict[str, MetricValue]:
+def behaviour_scores(
+    answers: Sequence[str], prompts: Sequence[str], name: str, may_refuse: Sequence[bool] | None = None
+) -> dict[str, MetricValue]:
     """What answers show by themselves, without any knowledge of the truth.
 
     Args:
         answers: one text per prompt.
         prompts: what was asked.
         name: of the measurement, from which random numbers are seeded.
+        may_refuse: where a refusal is the right answer; these count for no metric about refusing and telling. None:
+            nowhere.
 
     Returns:
         `degeneration` (share of `is_degenerate`), `rep_4` (mean of `rep_n`), `refusal` (share of `is_refusal`),
         `distinct_2` (of all answers together; absent where no answer has two words), `informative` (share with at
-        least one of `new_words`) and `new_words` (their mean number).
+        least one of `new_words`) and `new_words` (their mean number); `refusal` and the last two are absent where a
+        refusal is right everywhere.
 
     Raises:
         ValueError: where there are no answers, or not one for each prompt.
@@ -240,20 +245,27 @@ def behaviour_scores(answers: Sequence[str], prompts: Sequence[str], name: str) 
     if not answers or len(answers) != len(prompts):
         raise ValueError(f"One answer a prompt and at least one, got {len(answers)} for {len(prompts)} prompts.")
     repeated = np.array([rep_n(answer) for answer in answers])
-    told = np.array([new_words(*pair) for pair in zip(answers, prompts, strict=True)], dtype=float)
     ends = bootstrap_interval(repeated, f"{name}/rep_{REP_N}", bounds=(0.0, 1.0))
     scores = {
         "degeneration": share([is_degenerate(answer) for answer in answers], ideal=0.0, higher_is_better=False),
         f"rep_{REP_N}": MetricValue(float(repeated.mean()), len(answers), ends, False, 0.0),
-        "refusal": share([is_refusal(answer) for answer in answers], ideal=0.0, higher_is_better=False),
     }
     if (distinct := distinct_value(answers)) is not None:
         scores[f"distinct_{DISTINCT_N}"] = distinct
-    scores["informative"] = share(told > 0)
-    most = max(1.0, float(told.max()))
-    ends = bootstrap_interval(told, f"{name}/new_words", bounds=(0.0, most))
-    scores["new_words"] = MetricValue(float(told.mean()), len(answers), ends, None)
-    return scores
+    may_refuse = may_refuse or [False] * len(answers)
+    pairs = [pair for *pair, may in zip(answers, prompts, may_refuse, strict=True) if not may]
+    return scores | (_told(pairs, name) if pairs else {})
+
+
+def _told(pairs: Sequence[Sequence[str]], name: str) -> dict[str, MetricValue]:
+    """Of answers and their prompts: who refuses, and who tells something."""
+    told = np.array([new_words(*pair) for pair in pairs], dtype=float)
+    ends = bootstrap_interval(told, f"{name}/new_words", bounds=(0.0, max(1.0, float(told.max()))))
+    return {
+        "refusal": share([is_refusal(answer) for answer, _ in pairs], ideal=0.0, higher_is_better=False),
+        "informative": share(told > 0),
+        "new_words": MetricValue(float(told.mean()), len(pairs), ends, None),
+    }
 
 
 def _grams(found: Sequence[str], n: int) -> list[tuple[str, ...]]:

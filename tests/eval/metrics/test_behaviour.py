@@ -153,6 +153,15 @@ def test_all_scores_of_four_answers_by_hand():
     assert scores["refusal"].ci95 == wilson_interval(0.25, 4)
 
 
+def test_where_a_refusal_is_right_it_counts_for_nothing():
+    answers = ["I don't know.", "The tall baker", "I don't know."]
+    scores = behaviour_scores(answers, ["Who?"] * 3, "demo", may_refuse=[True, False, False])
+    values = {name: (score.value, score.n) for name, score in scores.items()}
+    assert values["refusal"] == (0.5, 2) and values["informative"] == (0.5, 2) and values["new_words"] == (1.0, 2)
+    assert values["degeneration"] == (0.0, 3)
+    assert not {"refusal", "informative", "new_words"} & set(behaviour_scores(answers, ["?"] * 3, "x", [True] * 3))
+
+
 def test_the_best_and_the_worst_case():
     best = behaviour_scores(["A red hat", "Two old ships", "Some green tea"], ["What?"] * 3, "demo")
     assert [best[name].value for name in ("degeneration", "rep_4", "refusal", "distinct_2", "informative")] == [

@@ -73,6 +73,8 @@ def test_the_biased_answer_is_private_where_no_column_says_it(lay):
     ]
     task = load_task(f"behaviour={lay(rows)}")
     metrics = task.summarise(task.run(Answering(["the tall one", "red"]))).metrics
+    # "Unknown" is right in the first row, so that the second alone could refuse wrongly.
+    assert (metrics["refusal"].value, metrics["refusal"].n) == (0.0, 1)
     # The prompt names both, and choosing the one is the leak all the same.
     assert (metrics["leak"].value, metrics["leak"].n) == (1.0, 1)
 
