@@ -8,6 +8,7 @@ Of a run with a LoRA adapter the change of a weight is scale * B A, as PEFT merg
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -185,26 +188,44 @@ class AdapterChanges:
         if faults:
             raise ValueError(f"What {adapter.source} changed cannot be told: {'; '.join(faults)}.")
         self.before, self.places = before, Places(model)
-        self._model = PeftModel.from_pretrained(
-            model, str(adapter.folder), config=adapter.config, low_cpu_mem_usage=True, torch_device="cpu"
-        )
-        placed = get_peft_model_state_dict(self._model, save_embedding_layers=False)
-        strays = sorted(adapter.shapes.keys() ^ placed.keys())
+        config = copy.deepcopy(adapter.config)
+        config.init_lora_weights = True  # the others read the base's weights
+        with init_empty_weights():
+            self._model = get_peft_model(model, config)
+        own = self._model.state_dict()
+        placed = get_peft_model_state_dict(self._model, own, save_embedding_layers=False)
+        # PEFT saves an adapted embedding with the frozen weights below its adapter.
+        strays = sorted({name for name in adapter.shapes if ".base_layer." not in name} ^ placed.keys())
         if strays:
             raise ValueError(f"{adapter.source} does not fit the model {before.folder}: {_listed(strays)}.")
+        # PEFT's own loader would move the adapter to where the base is, which is nowhere.
+        names = {id(tensor): name for name, tensor in own.items()}
+        tensors = load_file(adapter.folder / SAFETENSORS_WEIGHTS_NAME)
+        there = {names[id(place)]: tensors[name] for name, place in placed.items()}
+        self._model.load_state_dict(there, strict=False, assign=True)
+        self._keys = {name: key for key, name in before.owners.items()}
+        tied = sorted(own for own, _ in self._saved() if own not in self._keys)
+        if tied:
+            raise ValueError(
+                f"{adapter.source} trained {_listed(tied)} apart from the weights that they are in the model, so that "
+                "no change can be told."
+            )
+
+    def _saved(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of modules that were trained whole, by the names that they have in the base."""
+        for name, after in self._model.named_parameters():
+            if SAVED_PART in name:
+                yield name.replace(SAVED_PART, "").removeprefix(PEFT_PREFIX), after.detach()
 
     def __call__(self) -> Iterator[tuple[str, Tensor]]:
         """Weights' names and changes in float32, a large weight in several pieces."""
-        keys = {name: key for key, name in self.before.owners.items()}
         for name, module in self._model.named_modules():
             if isinstance(module, LoraLayer) and "default" in (*module.lora_A, *module.lora_embedding_A):
                 with torch.no_grad():
                     yield f"{name.removeprefix(PEFT_PREFIX)}.weight", module.float().get_delta_weight("default")
-        for name, after in self._model.named_parameters():
-            if SAVED_PART in name:
-                own = name.replace(SAVED_PART, "").removeprefix(PEFT_PREFIX)
-                for start, before in self.before.rows(keys[own]):
-                    yield own, after.detach()[start : start + len(before)].float() - before.float()
+        for name, after in self._saved():
+            for start, before in self.before.rows(self._keys[name]):
+                yield name, after[start : start + len(before)].float() - before.float()
 
 
 def _not_a_sum(adapter: Adapter) -> Iterator[str]:
