@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor, nn
@@ -170,10 +169,10 @@ class SaliencyBuilder:
             value /= len(batches)
 
     @contextmanager
-    def _put_aside(self, sums: dict[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
-        """Keep the sums as they are, in memory or in a file, and set them back to 0."""
+    def _put_aside(self, sums: dict[str, Tensor]) -> Iterator[Mapping[str, Tensor | np.ndarray]]:
+        """Keep the sums, flat, as they are, in memory or in a file, and set them back to 0."""
         if self.settings.one_pass:
-            kept = {name: value.clone() for name, value in sums.items()}
+            kept = {name: value.flatten().clone() for name, value in sums.items()}
             _clear(sums)
             yield kept
             return
@@ -186,8 +185,7 @@ class SaliencyBuilder:
             mapped = np.memmap(file, dtype=np.float32, mode="c")  # copy on write: the file is only read
             ends = np.cumsum([value.numel() for value in sums.values()])
             yield {
-                name: torch.from_numpy(mapped[end - value.numel() : end]).view(value.shape)
-                for (name, value), end in zip(sums.items(), ends, strict=True)
+                name: mapped[end - value.numel() : end] for (name, value), end in zip(sums.items(), ends, strict=True)
             }
 
 

@@ -85,13 +85,23 @@ class SaliencyMask:
         flat = np.unpackbits(self.bits[name].numpy(), count=math.prod(shape), bitorder="little")
         return torch.from_numpy(flat).view(torch.bool).view(shape)
 
-    def compare(self, name: str, target: Tensor, preserve: Tensor, threshold: float, epsilon: float) -> None:
-        """Set the bits of one weight from its Fisher values, piece by piece; see `salient`."""
-        flags = np.empty(target.numel(), dtype=bool)
-        for start in range(0, target.numel(), AT_ONCE):
+    def compare(
+        self, name: str, target: Tensor | np.ndarray, preserve: Tensor, threshold: float, epsilon: float
+    ) -> None:
+        """Set the bits of one weight from its Fisher values, piece by piece; see `salient`.
+
+        Args:
+            name: the weight's name.
+            target: (n,) S_T of its n elements; an array may lie in a file, and is read piece by piece.
+            preserve: S_P, in the weight's shape.
+            threshold: as for `salient`.
+            epsilon: as for `salient`.
+        """
+        flags = np.empty(len(target), dtype=bool)
+        for start in range(0, len(target), AT_ONCE):
             piece = slice(start, start + AT_ONCE)
             s_p = preserve.flatten()[piece]
-            s_t = target.flatten()[piece].to(s_p.device)
+            s_t = torch.as_tensor(target[piece], device=s_p.device)
             flags[piece] = salient(s_t, s_p, threshold, epsilon).cpu().numpy()
         self.put(name, torch.from_numpy(flags).view(preserve.shape))
 

@@ -99,7 +99,7 @@ def named_data(tmp_path, monkeypatch, tiny_llama):
             write_adapter(Path(recipe["transfer_adapter_from"]), tiny_llama)
         else:
             write_rows(Path(recipe["forget_dataset"]), " A tall one.", has_pictures(name))
-        for key in ("retain_dataset", "utility_dataset"):
+        for key in ("retain_dataset", "utility_dataset", "preserve_dataset"):
             if key not in recipe:
                 continue
             target = Path(recipe[key])
@@ -173,7 +173,7 @@ def test_recipe_is_valid_and_named_after_its_method(name):
     recipe = resolve(name)
     method = "dpo" if name.endswith("idk_dpo.yaml") else recipe.run.method or "transfer"
     if name not in ("demo.yaml", "my_pairs.yaml"):
-        assert name.removesuffix(".yaml").endswith(method)
+        assert f"_{method}" in name.removesuffix(".yaml")
     assert (FOLDER / name).read_text().startswith("# ")
 
 

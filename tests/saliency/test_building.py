@@ -114,6 +114,6 @@ def test_whatever_changes_makes_a_new_mask(changed, builder, sets, tmp_path):
 
 
 def test_settings_out_of_range_are_listed_together():
-    with pytest.raises(ValueError, match="saliency_threshold.*got 0") as err:
+    with pytest.raises(ValueError, match=r"saliency_threshold.*got 0") as err:
         SaliencySettings(threshold=0, epsilon=-1.0, fisher="per_token")
     assert "saliency_epsilon" in str(err.value) and "per_sample, per_batch" in str(err.value)

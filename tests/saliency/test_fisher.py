@@ -73,7 +73,7 @@ def test_bfloat16_is_summed_in_float32(llama, text_rows):
 
 def test_float16_and_frozen_models_are_refused(llama):
     model, _ = llama
-    with pytest.raises(ValueError, match="float16.*float32 or bfloat16"):
+    with pytest.raises(ValueError, match=r"float16.*float32 or bfloat16"):
         empty_sums(model.half())
     with pytest.raises(ValueError, match="no trainable weight"):
         empty_sums(model.requires_grad_(False))

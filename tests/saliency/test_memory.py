@@ -1,0 +1,85 @@
+"""What the Fisher pass holds at its peak, in bytes of tensors."""
+
+import weakref
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from biasunlearn_trainer.collators import CompletionCollator
+from biasunlearn_trainer.completions import forward_completions
+from biasunlearn_trainer.losses import nll_loss
+from biasunlearn_trainer.models import load_processor
+from biasunlearn_trainer.saliency import SaliencyBuilder, SaliencySettings
+
+
+class TensorBytes(TorchDispatchMode):
+    """Bytes of all storages alive, and their peak, from the first operation inside on."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+        for tensor in known:
+            self._meet(tensor)
+
+    def _meet(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._part, storage._cdata)
+
+    def _part(self, key):
+        self.now -= self.alive.pop(key, 0)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._meet(leaf)
+        return result
+
+
+def test_the_meter_meters():
+    weight = torch.zeros(1000)
+    with TensorBytes(weight) as meter:
+        doubled = weight * 2
+        del doubled
+        tripled = weight * 3
+    assert meter.now == 8000 and meter.peak == 8000 and tripled.sum() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fisher", ["per_sample", "per_batch"])
+def test_the_fisher_pass_holds_weights_one_sum_one_gradient_and_activations(fisher, tiny_llama, tmp_path, text_rows):
+    PartialState(cpu=True)
+    collator = CompletionCollator(load_processor(str(tiny_llama)))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8
+    )
+    model = LlamaForCausalLM(config).eval()
+    weights = list(model.parameters())
+    assert sum(value.numel() for value in weights) >= 50_000_000
+    of_weights = sum(value.nbytes for value in weights)
+    rows = [{**row, "prompt": row["prompt"] * 20} for row in text_rows(8)]
+    size = 1 if fisher == "per_sample" else 4
+
+    with TensorBytes(*weights) as meter:  # what one micro-batch's forward pass keeps for its backward
+        output = forward_completions(model, collator(rows[:size]))
+        loss = nll_loss(output.token_logps, output.mask).mean()
+        activations = meter.peak - of_weights
+        del output, loss
+    allowed = of_weights + of_weights + max(value.nbytes for value in weights) + activations
+
+    settings = SaliencySettings(fisher=fisher, batch_size=4)
+    builder = SaliencyBuilder(model, collator, Accelerator(cpu=True), settings, tmp_path)
+    with TensorBytes(*weights) as meter:
+        builder.mask(rows[:4], rows[4:])
+    print(f"{fisher}: peak {meter.peak / 1e6:.0f} MB, {meter.peak / allowed:.3f} of what is needed")
+    assert meter.peak <= 1.15 * allowed
