@@ -74,6 +74,8 @@ def most_changed_in(run: str, recipe: Recipe, fingerprint: str, num: int) -> Dis
             for name, change in changes():
                 yield name, change
                 bar.update(change.numel())
+            bar.total = bar.n  # an adapter changes a part of the weights
+            bar.refresh()
 
     found = most_changed(shown, changes.places, num)
     facts = {

@@ -114,18 +114,15 @@ def in_mask(mask: SaliencyMask, places: Places) -> Distribution:
 
 
 def groups_table(found: Sequence[Distribution]) -> str:
-    """Markdown: a row for each group and union of groups, the share of each distribution in per cent."""
+    """Markdown: a row for each group and union of groups; the counts of the first distribution, the shares of all."""
     unions = list(dict.fromkeys(some for one in found for some in one.unions()))
     unions.sort(key=len)
-    header = ["groups", *(cell for one in found for cell in (f"{one.title}: weights", "chosen", "share"))]
     rows = []
     for some in unions:
-        cells = [" + ".join(some)]
-        for one in found:
-            share = one.unions().get(some)
-            cells += ["", "", ""] if share is None else [f"{share.covered:,}", _count(share.chosen), percent(share)]
-        rows.append(cells)
-    return markdown_table(header, rows)
+        first, *others = (one.unions().get(some, Share()) for one in found)
+        counts = [f"{first.covered:,}", _count(first.chosen)] if first.covered else ["", ""]
+        rows.append([" + ".join(some), *counts, *map(percent, (first, *others))])
+    return markdown_table(["groups", "weights", "chosen", *(one.title for one in found)], rows)
 
 
 def layers_table(found: Distribution, group: str) -> str:

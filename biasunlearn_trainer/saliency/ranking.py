@@ -66,7 +66,7 @@ def most_changed(changes: Changes, places: Places, num: int) -> MostChanged:
         if piece.size and piece.max() >= INFINITE:
             raise ValueError(f"The change of {name} is infinite or no number. One of the two models has diverged.")
         high += np.bincount(piece >> LOW_BITS, minlength=NUM_HIGH)
-        num_unchanged += np.count_nonzero(piece == 0)
+        num_unchanged += int(np.count_nonzero(piece == 0))
     num_changed = int(high.sum()) - num_unchanged
     num = min(num, num_changed)
     if num == 0:
@@ -76,7 +76,7 @@ def most_changed(changes: Changes, places: Places, num: int) -> MostChanged:
     low: dict[Place, np.ndarray] = {}
     for name, piece in _pieces(changes):
         place, upper = places.of(name), piece >> LOW_BITS
-        above[place] += np.count_nonzero(upper > edge)
+        above[place] += int(np.count_nonzero(upper > edge))
         level = np.bincount(piece[upper == edge] & (NUM_LOW - 1), minlength=NUM_LOW)
         low[place] = low.get(place, 0) + level
     last = _reaching(sum(low.values()), num - sum(above.values()))
