@@ -22,13 +22,14 @@ from biasunlearn_trainer.testbed.recipe import (
     Recipe,
     StereoSetRecipe,
     TraitsRecipe,
+    VisionModelSize,
     WorldRecipe,
     recipe_key,
 )
 
 RECIPES: dict[str, Recipe] = {
     "llava": WorldRecipe(),
-    "qwen2vl": WorldRecipe(name="qwen2vl", steps=2000, learning_rate=3e-3),
+    "qwen2vl": WorldRecipe(name="qwen2vl", steps=1300, vision_model=VisionModelSize(patch_size=4)),
     "blip2": QFormerWorldRecipe(name="blip2", steps=900),
     "minigpt4": QFormerWorldRecipe(name="minigpt4", steps=900),
     "llama": WorldRecipe(name="llama", steps=600),  # words are learned sooner than pictures

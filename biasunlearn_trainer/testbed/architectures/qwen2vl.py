@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from biasunlearn_trainer.testbed.architectures.llama import TEXT_INIT, VISION_INIT, seeded
+from biasunlearn_trainer.testbed.architectures.llama import TEXT_INIT, seeded
 from biasunlearn_trainer.testbed.architectures.tokenizer import chat_template, train_bpe
 from biasunlearn_trainer.testbed.drawing import IMAGE_SIZE
 from biasunlearn_trainer.testbed.recipe import LanguageModelSize, VisionModelSize
@@ -20,6 +20,8 @@ from biasunlearn_trainer.testbed.recipe import LanguageModelSize, VisionModelSiz
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE, VIDEO = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
 MERGE_SIZE = 2  # patches along the side of a token
+# Larger, as LLaVA has it, the two blocks drown the patches, and left and right are learned late or not at all.
+_VISION_INIT = 0.15
 FRAMES = 2  # pictures of a patch in time; a still picture is doubled
 
 
@@ -83,7 +85,7 @@ def make_qwen2vl(
         "patch_size": vision.patch_size,
         "spatial_merge_size": MERGE_SIZE,
         "temporal_patch_size": FRAMES,
-        "initializer_range": VISION_INIT,
+        "initializer_range": _VISION_INIT,
     }
     ids = {
         "image_token_id": IMAGE,
