@@ -32,6 +32,7 @@ IMMATERIAL = (
 IMMATERIAL_PREFIXES = ("save_", "logging_", "log_", "hub_")
 """Keys that change no figure: a finished cell stays finished whatever they are."""
 FILLED_BY_TESTBED = ("model_name_or_path", "oracle_model", "tasks")
+PLACED_BY_TESTBED = ("tasks", "probes", "bias_probe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +102,18 @@ def _changes(cell: Cell) -> list[str]:
         if "testbed" in asked and key not in asked and (key in FILLED_BY_TESTBED or key.endswith("_dataset")):
             continue
         old, new = had.get(key, _default(cell, key)), asked.get(key, _default(cell, key))
+        if "testbed" in asked and key in PLACED_BY_TESTBED:
+            old, new = _names_of(old), _names_of(new)
         if old != new:
             changes.append(f"`{key}` was {old}, now {new}")
     return changes
+
+
+def _names_of(specs: Any) -> Any:
+    """Task specs without the paths where a testbed placed them."""
+    if isinstance(specs, str):
+        return specs.partition("=")[0]
+    return [_names_of(spec) for spec in specs] if isinstance(specs, list) else specs
 
 
 def _default(cell: Cell, key: str) -> Any:
