@@ -185,8 +185,8 @@ def test_a_masked_run_resumes_bit_identical(make_trainer):
 
 TWO_PROCESSES = """
 import os, sys, torch
-from transformers import TrainerCallback
 from biasunlearn_trainer import MMUnlearnerConfig, MMUnlearnerTrainer
+from transformers import TrainerCallback
 from biasunlearn_trainer.models import load_model
 model, folder, batch = sys.argv[1], sys.argv[2], int(sys.argv[3])
 rows = [{"prompt": f"Who was {i}?", "completion": " The " + "tall " * (i % 3) + "one."} for i in range(8)]
@@ -227,6 +227,65 @@ def test_two_processes_make_the_same_mask_and_gradients(tiny_llama, tmp_path):
             same = part["bits"][name] == alone["bits"][name]
             torch.testing.assert_close(part["gradients"][0][name][same], gradient[same], rtol=0, atol=1e-6)
     assert json.dumps(sorted(alone["bits"])) == json.dumps(sorted(both[0]["bits"]))
+
+
+ZERO2 = """
+import json, os, sys, torch
+from biasunlearn_trainer import MMUnlearnerConfig, MMUnlearnerTrainer
+from biasunlearn_trainer.models import load_model
+model, folder, batch, name = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+rows = [{"prompt": f"Who was {i}?", "completion": " The " + "tall " * (i % 3) + "one."} for i in range(8)]
+zero2 = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": 0.0}
+# Plain gradient descent: a step is the gradient times the rate, and nothing magnifies a difference.
+args = MMUnlearnerConfig(folder, per_device_train_batch_size=batch, max_steps=2, learning_rate=0.1, max_grad_norm=0.0,
+    save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", optim="sgd",
+    saliency_mask=sys.argv[5], mask_scope=sys.argv[6], gradient_accumulation_steps=2, logging_steps=1,
+    deepspeed=zero2 if name == "zero2" else None)
+trainer = MMUnlearnerTrainer(model=load_model(model), args=args, forget_dataset=rows[:4], retain_dataset=rows[4:])
+trainer.train()
+whole = trainer.accelerator.unwrap_model(trainer.model)
+weights = {key: value.detach().clone() for key, value in whole.named_parameters()}
+torch.save({"world": args.world_size, "weights": weights}, f"{folder}/{name}-{args.process_index}.pt")
+trainer.accelerator.end_training()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["forget", "update"])
+def test_zero2_steps_as_one_process_does(scope, tiny_llama, tmp_path):
+    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    script = tmp_path / "run.py"
+    script.write_text(ZERO2)
+    model = load_model(str(tiny_llama))
+    mask = half_of(model)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    file = save(mask, model, tmp_path)
+    for name, processes, batch in (("plain", 1, 2), ("zero2", 2, 1)):
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        command = [
+            *(launch if processes > 1 else [sys.executable]),
+            script,
+            tiny_llama,
+            tmp_path,
+            batch,
+            name,
+            file,
+            scope,
+        ]
+        done = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, *both = (torch.load(tmp_path / name) for name in ("plain-0.pt", "zero2-0.pt", "zero2-1.pt"))
+    assert [part["world"] for part in both] == [2, 2]
+    moved = {name for name, value in alone["weights"].items() if not torch.equal(value, before[name])}
+    assert len(moved) > 10
+    for part in both:
+        for name, value in alone["weights"].items():
+            torch.testing.assert_close(part["weights"][name], value, rtol=0, atol=1e-6)
+            if scope == "update":
+                assert torch.equal(part["weights"][name][~mask.get(name)], before[name][~mask.get(name)])
 
 
 def test_what_cannot_be_masked_is_said(make_trainer, text_rows, monkeypatch):
