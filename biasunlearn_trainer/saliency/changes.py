@@ -126,7 +126,7 @@ class StoredWeights:
         return tuple(self._file(key).get_slice(key).get_shape())
 
     def rows(self, key: str) -> Iterator[tuple[int, Tensor]]:
-        """A tensor in blocks of some millions of weights, each with the number of its first row."""
+        """A tensor in blocks of about a million weights, each with the number of its first row."""
         shape = self.shape(key)
         if len(shape) < 2:
             yield 0, self._file(key).get_tensor(key)

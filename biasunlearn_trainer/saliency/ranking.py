@@ -20,8 +20,8 @@ from biasunlearn_trainer.saliency.places import Place, Places
 LOW_BITS = 11
 NUM_LOW, NUM_HIGH = 1 << LOW_BITS, 1 << (31 - LOW_BITS)
 INFINITE = 0x7F800000
-# Weights looked at together: their integers and flags take some 100 MB.
-AT_ONCE = 1 << 22
+# Weights looked at together: their integers and flags take some 30 MB.
+AT_ONCE = 1 << 20
 
 Changes = Callable[[], Iterator[tuple[str, Tensor]]]
 
@@ -72,19 +72,17 @@ def most_changed(changes: Changes, places: Places, num: int) -> MostChanged:
     if num == 0:
         return MostChanged({place: Share(size) for place, size in places.sizes.items()}, 0, 0, 0.0)
     edge = _reaching(high, num)
-    above: dict[Place, int] = dict.fromkeys(places.sizes, 0)
-    low: dict[Place, np.ndarray] = {}
+    numbers = {place: number for number, place in enumerate(places.sizes)}
+    above, low = np.zeros(len(numbers), dtype=np.int64), np.zeros((len(numbers), NUM_LOW), dtype=np.int64)
     for name, piece in _pieces(changes):
-        place, upper = places.of(name), piece >> LOW_BITS
-        above[place] += int(np.count_nonzero(upper > edge))
-        level = np.bincount(piece[upper == edge] & (NUM_LOW - 1), minlength=NUM_LOW)
-        low[place] = low.get(place, 0) + level
-    last = _reaching(sum(low.values()), num - sum(above.values()))
-    for place, level in low.items():
-        above[place] += int(level[last + 1 :].sum())
-    left, tied = num - sum(above.values()), sum(int(level[last]) for level in low.values())
+        number, upper = numbers[places.of(name)], piece >> LOW_BITS
+        above[number] += np.count_nonzero(upper > edge)
+        low[number] += np.bincount(piece[upper == edge] & (NUM_LOW - 1), minlength=NUM_LOW)
+    last = _reaching(low.sum(0), num - int(above.sum()))
+    above += low[:, last + 1 :].sum(1)
+    left, ties = num - int(above.sum()), low[:, last].tolist()
     shares = {
-        place: Share(size, above[place] + (left * int(low[place][last]) / tied if place in low else 0))
+        place: Share(size, int(above[numbers[place]]) + left * ties[numbers[place]] / sum(ties))
         for place, size in places.sizes.items()
     }
     smallest = np.array([(edge << LOW_BITS) | last], dtype=np.int32).view(np.float32)[0]
@@ -92,7 +90,7 @@ def most_changed(changes: Changes, places: Places, num: int) -> MostChanged:
 
 
 def _pieces(changes: Changes) -> Iterator[tuple[str, np.ndarray]]:
-    """The bits of absolute changes in float32, some millions at a time."""
+    """The bits of absolute changes in float32, a million at a time."""
     for name, change in changes():
         flat = change.flatten()
         for start in range(0, flat.numel(), AT_ONCE):

@@ -133,7 +133,7 @@ def test_an_adapter_that_is_no_such_sum_is_refused(options, said, tiny_llama, tm
 
 
 def test_runs_of_other_models_are_refused(tiny_llama, tiny_llava, tmp_path):
-    with pytest.raises(ValueError, match="lacks weights of the model.*and .* more"):
+    with pytest.raises(ValueError, match=r"lacks weights of the model.*and .* more"):
         changes_of(str(tiny_llava), str(tiny_llama))
     with_adapter(tiny_llava, tmp_path)
     with pytest.raises(ValueError):
@@ -152,5 +152,5 @@ def test_other_shapes_are_named(tiny_llama, tmp_path):
 
 def test_a_folder_without_a_run(tiny_llama, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
-    with pytest.raises(OSError, match="neither model.safetensors nor adapter_config.json"):
+    with pytest.raises(OSError, match=r"neither model\.safetensors nor adapter_config\.json"):
         changes_of(str(tmp_path), str(tiny_llama))

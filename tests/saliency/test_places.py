@@ -114,7 +114,7 @@ def test_names_of_an_adapter_are_those_of_its_modules(family, tiny_family):
 
 
 def test_an_unknown_weight_is_an_error(tiny_llama):
-    with pytest.raises(KeyError, match="no weight visual.blocks.0.weight"):
+    with pytest.raises(KeyError, match=r"no weight visual\.blocks\.0\.weight"):
         places_of(tiny_llama).of("visual.blocks.0.weight")
 
 

@@ -89,5 +89,5 @@ def test_fewer_than_one():
 def test_a_name_outside_the_model_is_an_error():
     model = nn.Sequential(nn.Linear(2, 2))
     model.config = type("Config", (), {"model_type": "none"})()
-    with pytest.raises(KeyError, match="no weight 1.weight"):
+    with pytest.raises(KeyError, match=r"no weight 1\.weight"):
         most_changed(stream(**{"1.weight": [1.0]}), Places(model, {"all": [""]}), 1)
