@@ -22,6 +22,8 @@ from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions, text_positions
 from biasunlearn_trainer.losses import nll_loss, sequence_mean, sequence_sum, token_kl
 from biasunlearn_trainer.models import (
+    accept_published_names,
+    base_model,
     evaluating,
     freeze_groups,
     load_model,
@@ -142,6 +144,7 @@ class UnlearnTrainer(SaliencyMasking, ReferencePolicy, Trainer):
         datasets = self.lay_out(args, datasets)
         name = model if isinstance(model, str) else model.config._name_or_path
         model = load_model(model) if isinstance(model, str) else model
+        accept_published_names(base_model(model))  # a model that was loaded elsewhere resumes, too
         processing_class = processing_class or load_processor(name)
         model = self._prepare_model(model, args, peft_config)
         if args.n_gpu > 1:

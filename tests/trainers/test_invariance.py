@@ -132,6 +132,21 @@ def test_full_fine_tuning_resumes_with_its_first_reference(make_trainer, tmp_pat
         assert all(torch.equal(weights[name], value) for name, value in again.model.named_parameters())
 
 
+def test_a_model_that_was_loaded_elsewhere_resumes_too(make_trainer, tiny_llava, tmp_path):
+    """LLaVA is saved under other names than its own; the Trainer alone would go on from the weights of the start."""
+    from transformers import AutoModelForImageTextToText
+
+    def run(resume=None):
+        model = AutoModelForImageTextToText.from_pretrained(str(tiny_llava))
+        trainer = make_trainer("npo", "image", model=model, max_steps=3, save_strategy="steps", save_steps=2)
+        trainer.train(resume_from_checkpoint=resume)
+        return {name: value.clone() for name, value in trainer.model.named_parameters()}
+
+    whole = run()
+    resumed = run(str(tmp_path / "out" / "checkpoint-2"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 TWO_PROCESSES = """
 import json, os, sys
 from biasunlearn_trainer import NPOConfig, NPOTrainer
