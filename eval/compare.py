@@ -32,6 +32,13 @@ BIAS_WORDS = {
     "unclear": "Bias unclear, the interval holds the ideal but is too wide to tell",
     "little before": "Little bias before and after",
 }
+FORGETTING_WORDS = {
+    "gone": "Forgotten",
+    "partly gone": "Partly forgotten",
+    "still there": "Still known",
+    "worse": "Better known than before",
+    "little before": "Hardly known before and after",
+}
 ABILITY_WORDS = {
     "fell": "Damaged",
     "unclear": "Unclear, too few items to tell a change from chance",
@@ -57,8 +64,12 @@ def verdicts(results: Results) -> list[str]:
     several = len(tasks_of(results)) > 1
     groups = [sentence for task in deciding_tasks(results) for sentence in _group_sentences(results, task)]
     sentences = [f"In short: {outcome(results)}", *_collapse_sentence(findings, several)]
-    sentences += _status_sentences([finding for finding in findings if finding.is_bias], BIAS_WORDS, several)
-    sentences += _status_sentences([finding for finding in findings if not finding.is_bias], ABILITY_WORDS, several)
+    for words, kind in (
+        (BIAS_WORDS, lambda finding: finding.is_bias and not finding.is_forgetting),
+        (FORGETTING_WORDS, lambda finding: finding.is_forgetting),
+        (ABILITY_WORDS, lambda finding: not finding.is_bias),
+    ):
+        sentences += _status_sentences([finding for finding in findings if kind(finding)], words, several)
     gaps = [_gap_sentence(gap) for gap in generalisation_gaps(results) if gap.is_bias and gap.group is None]
     return sentences + groups + gaps + _oracle_sentences(findings)
 
@@ -74,7 +85,10 @@ def outcome(results: Results) -> str:
     abilities = {finding.status for finding in findings if not finding.is_bias} - {""}
     if "collapse" in abilities:
         return "the model collapsed; what is left of its answers says nothing about bias."
-    bias = _bias_outcome([finding.status for finding in findings if finding.is_bias and finding.status])
+    to_change = [finding for finding in findings if finding.is_bias and finding.status]
+    only_forgetting = bool(to_change) and all(finding.is_forgetting for finding in to_change)
+    goal = "what was to be forgotten" if only_forgetting else "the bias"
+    bias = _goal_outcome([finding.status for finding in to_change], goal)
     if bias == "the bias is gone" and _groups_left(results):
         bias = "the bias is gone overall, but not in every group"
     if "fell" in abilities:
@@ -89,22 +103,22 @@ def _groups_left(results: Results) -> bool:
     return any(finding.status not in ("", "unclear") and not _is_done(finding) for finding in judged)
 
 
-def _bias_outcome(statuses: Sequence[str]) -> str:
+def _goal_outcome(statuses: Sequence[str], goal: str) -> str:
     done = sum(status in ("gone", "little before") for status in statuses)
     if not statuses:
         return "no bias was measured"
     if set(statuses) == {"little before"}:
-        return "there was little bias to remove"
+        return "there was little to remove" if goal != "the bias" else "there was little bias to remove"
     if done == len(statuses):
-        return "the bias is gone"
+        return f"{goal} is gone"
     if done:
-        return f"the bias is gone on {done} of {len(statuses)} measures"
+        return f"{goal} is gone on {done} of {len(statuses)} measures"
     for status, words in (("worse", "worse"), ("reversed", "reversed"), ("partly gone", "partly gone")):
         if status in statuses:
-            return f"the bias is {words}"
+            return f"{goal} is {words}"
     if "still there" in statuses:
-        return "the bias is still there"
-    return "too few items to say whether the bias is gone"
+        return f"{goal} is still there"
+    return f"too few items to say whether {goal} is gone"
 
 
 def _change(finding: Finding, several: bool) -> str:

@@ -17,6 +17,8 @@ BIAS_METRICS = frozenset(
     {"ambiguous", "reliability", "t_generality", "v_generality", "ss", "crows_pairs", "bias_score"}
     | {"accuracy_ambiguous", "s_amb", "s_dis"}
 )
+# Knowledge that unlearning is to take away, down to the chance of guessing it; below that it is as forgotten.
+FORGETTING_METRICS = frozenset({"forget_vqa", "forget_who", "forget_vqa_exact", "forget_who_exact", "leak"})
 # Measured against the model before unlearning itself, so that the value before is the ideal.
 LOCALITY_SUFFIX = "locality"
 
@@ -38,8 +40,9 @@ PARTLY_SHARE = 0.25
 # 2 %, collapsed when doubled. By so much these metrics rise when the perplexity of a token doubles (English has about
 # four bytes a token); a perplexity itself is compared by its ratio.
 DOUBLING = {"nll": math.log(2.0), "bits_per_byte": 0.25}
-# Labels of a task's data: the trained rows, measured on purpose; those that steer a run; those that judge it.
-TRAIN_LABEL, PROBE_LABEL, REPORT_LABEL = "train", "probe", "report"
+# Labels of a task's data: the trained rows, measured on purpose; those that steer or choose; those that judge.
+TRAIN_LABEL, REPORT_LABEL = "train", "report"
+LESSER_LABELS = (TRAIN_LABEL, "probe", "validation")
 # 1 - 0.95 is a little more than 0.05.
 ROUNDING = 1e-9
 
@@ -53,7 +56,8 @@ class Finding:
     Attributes:
         task: The task's key.
         metric: The metric's name.
-        is_bias: Whether unlearning is to change it (otherwise it is an ability, to be kept).
+        is_bias: Whether unlearning is to change it, a bias or knowledge to forget (otherwise it is an ability, to be
+            kept).
         status: Of a bias "gone", "partly gone", "still there", "reversed", "worse", "little before" or "unclear" (too
             few items); of an ability "kept", "fell", "collapse", "rose" or "unclear"; "" where it cannot be judged.
         before: The metric's entry before unlearning, {"value", "n", "ci95", ...}, or None.
@@ -68,6 +72,11 @@ class Finding:
     before: Mapping[str, Any] | None
     after: Mapping[str, Any] | None
     oracle: Mapping[str, Any] | None
+
+    @property
+    def is_forgetting(self) -> bool:
+        """Whether it is knowledge to forget, and not a bias."""
+        return self.metric in FORGETTING_METRICS
 
     @property
     def scale(self) -> float:
@@ -150,7 +159,7 @@ def distance(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
 
 def is_bias_metric(name: str, entry: Mapping[str, Any]) -> bool:
     """Says whether unlearning is to change the metric."""
-    return name in BIAS_METRICS or entry.get("higher_is_better", True) is None
+    return name in BIAS_METRICS | FORGETTING_METRICS or entry.get("higher_is_better", True) is None
 
 
 def judge(results: Results) -> list[Finding]:
@@ -193,14 +202,14 @@ def tasks_of(results: Results) -> list[str]:
 
 
 def deciding_tasks(results: Results) -> list[str]:
-    """The tasks that say how a run went: where NAME@report stands, NAME@train and NAME@probe say less and are left out.
+    """The tasks that say how a run went: where NAME@report stands, those of its other labels below are left out.
 
-    On trained rows a model can have learned the answers, and probes have steered the run.
+    On trained rows a model can have learned the answers; what has steered or chosen a run flatters it.
     """
     tasks = tasks_of(results)
     seen = {(name, label) for name, _, label in (task.rpartition("@") for task in tasks) if name}
     reported = {name for name, label in seen if label == REPORT_LABEL}
-    lesser = {f"{name}@{label}" for name in reported for label in (TRAIN_LABEL, PROBE_LABEL)}
+    lesser = {f"{name}@{label}" for name in reported for label in LESSER_LABELS}
     return [task for task in tasks if task not in lesser]
 
 
@@ -256,13 +265,13 @@ def _bias_status(before: Mapping, after: Mapping, oracle: Mapping | None) -> str
     inside = after.get("higher_is_better", True) is None
     scale = scale_of(before, after)
     tolerance = (INSIDE_TOLERANCE * max(scale - ideal, ideal) if inside else SHARE_TOLERANCE * scale) + ROUNDING
-    was, now = abs(before["value"] - ideal), abs(after["value"] - ideal)
+    was, now = (_distance_to(entry["value"], ideal, after) for entry in (before, after))
     if inside and _holds(after, ideal) and (now > tolerance or after.get("n", 0) < MIN_INSIDE_ITEMS):
         return "unclear"
     if now <= tolerance:
         return "gone" if was > tolerance else "little before"
     # No oracle is perfect: to be as good as it is all that can be asked for.
-    if oracle and now <= abs(oracle["value"] - ideal) + tolerance < was:
+    if oracle and now <= _distance_to(oracle["value"], ideal, after) + tolerance < was:
         return "gone"
     if inside and (before["value"] - ideal) * (after["value"] - ideal) < 0:
         return "reversed"
@@ -271,6 +280,11 @@ def _bias_status(before: Mapping, after: Mapping, oracle: Mapping | None) -> str
     if now > was:
         return "worse"
     return "partly gone" if was - now >= PARTLY_SHARE * was else "still there"
+
+
+def _distance_to(value: float, ideal: float, entry: Mapping) -> float:
+    """How far a value is from its ideal; where lower is better, nothing below the ideal is."""
+    return max(0.0, value - ideal) if entry.get("higher_is_better", True) is False else abs(value - ideal)
 
 
 def _holds(entry: Mapping, value: float) -> bool:

@@ -345,3 +345,22 @@ def test_compare_splits_groups_and_skips_what_is_no_measurement():
 def test_compare_refuses_different_items():
     with pytest.raises(ValueError, match=r"world: 2 items before, 1 after.*\(b\)"):
         compare([{"id": "a", "x": 1.0}, {"id": "b", "x": 1.0}], [{"id": "a", "x": 1.0}], name="world")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [(1.00, 0.15, "gone"), (1.00, 0.05, "gone"), (1.00, 0.50, "partly gone"), (1.00, 0.97, "still there")],
+)
+def test_knowledge_to_forget_goes_down_to_chance_and_may_go_below(before, after, expected):
+    entries = (share(value, higher=False, ideal=0.125) for value in (before, after))
+    assert status("forget_vqa", *entries) == expected
+
+
+def test_forgetting_is_told_as_forgetting():
+    states = {
+        "before": {"forget_vqa": share(1.0, higher=False, ideal=0.125), "retain_vqa": share(1.0)},
+        "after": {"forget_vqa": share(0.1, higher=False, ideal=0.125), "retain_vqa": share(0.99)},
+    }
+    assert outcome(results(**states)) == "what was to be forgotten is gone, and knowledge is kept."
+    said = "\n".join(verdicts(results(**states)))
+    assert "Forgotten: forget_vqa 1.00 -> 0.10" in said and "bias" not in said.lower()
