@@ -38,7 +38,7 @@ def write_mask_report(
     Returns:
         The mask's distribution.
     """
-    found = in_mask(trainer.saliency_mask, Places(trainer.model))
+    found = in_mask(trainer.saliency_mask, Places(trainer.model, recipe.training.module_groups))
     testbed, model = recipe.run.testbed, recipe.model.model_name_or_path
     write_saliency(folder, found, changed, modules, f"Saliency in {f'planted {testbed}' if testbed else model}")
     return found
@@ -65,7 +65,8 @@ def most_changed_in(run: str, recipe: Recipe, fingerprint: str, num: int) -> Dis
     """
     _check_beginning(run, recipe, fingerprint)
     model = recipe.model
-    changes = changes_of(run, model.model_name_or_path, model.model_revision, recipe.run.trust_remote_code)
+    trust, groups = recipe.run.trust_remote_code, recipe.training.module_groups
+    changes = changes_of(run, model.model_name_or_path, model.model_revision, trust, groups)
     weights = sum(changes.places.sizes.values())
     passes = iter(("finding the smallest", "counting"))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +37,11 @@ NAMES_SHOWN = 5
 
 
 def changes_of(
-    run: str, base: str, revision: str | None = None, trust_remote_code: bool = False
+    run: str,
+    base: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> WholeChanges | AdapterChanges:
     """What a run changed.
 
@@ -46,6 +50,7 @@ def changes_of(
         base: the model that it began with, a folder or a Hub id.
         revision: the base's branch, tag or commit on the Hub.
         trust_remote_code: run modelling code that comes with the base. Off unless asked for.
+        groups: what `module_groups` is to take instead of what it finds.
 
     Returns:
         What goes through (name, change) when it is called, any number of times; `places` are those of the base.
@@ -62,8 +67,8 @@ def changes_of(
         model = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     if (Path(run) / ADAPTER_FILE).is_file():
-        return AdapterChanges(find_adapter(str(run)), StoredWeights(folder, model), model)
-    return WholeChanges(StoredWeights(Path(run), model), StoredWeights(folder, model), model)
+        return AdapterChanges(find_adapter(str(run)), StoredWeights(folder, model), model, Places(model, groups))
+    return WholeChanges(StoredWeights(Path(run), model), StoredWeights(folder, model), Places(model, groups))
 
 
 def _base_folder(base: str, revision: str | None) -> Path:
@@ -142,14 +147,14 @@ class WholeChanges:
     Args:
         after: the run's weights.
         before: those it began with.
-        model: both models' architecture.
+        places: of their weights.
 
     Raises:
         ValueError: where the two have weights of other names or shapes.
     """
 
-    def __init__(self, after: StoredWeights, before: StoredWeights, model: PreTrainedModel):
-        self.after, self.before, self.places = after, before, Places(model)
+    def __init__(self, after: StoredWeights, before: StoredWeights, places: Places):
+        self.after, self.before, self.places = after, before, places
         if after.owners.keys() == before.owners.keys():
             self._pairs = {key: key for key in after.owners}
         else:  # the same model saved under published names and under its own
@@ -178,16 +183,17 @@ class AdapterChanges:
         adapter: what `find_adapter` returned.
         before: the base's weights.
         model: the base's architecture, on `meta`; changed.
+        places: of the base's weights.
 
     Raises:
         ValueError: where what the adapter does is not such a sum, or it does not fit the model.
     """
 
-    def __init__(self, adapter: Adapter, before: StoredWeights, model: PreTrainedModel):
+    def __init__(self, adapter: Adapter, before: StoredWeights, model: PreTrainedModel, places: Places):
         faults = list(_not_a_sum(adapter))
         if faults:
             raise ValueError(f"What {adapter.source} changed cannot be told: {'; '.join(faults)}.")
-        self.before, self.places = before, Places(model)
+        self.before, self.places = before, places
         config = copy.deepcopy(adapter.config)
         config.init_lora_weights = True  # the others read the base's weights
         with init_empty_weights():

@@ -92,7 +92,7 @@ class Row:
         recipe: path of the recipe.
         overrides: what all rows and this one set, by key.
         origins: where the table sets each of them, for messages.
-        of: the name of the row that this one is a variation of; its own where nothing is varied.
+        of: the label of the row that this one is a variation of; its own where nothing is varied.
         varied: what `vary` sets, by key.
     """
 
@@ -187,7 +187,7 @@ def parse_table(path: str | Path) -> Table:
             faults.append(f"{reader.where[key]}: unknown key `{key}`{_hint(key, TABLE_KEYS)}.")
     rows, columns, seeds = reader.rows(), reader.columns(), reader.seeds()
     output_dir = Path(reader.text("output_dir", f"outputs/tables/{path.stem}"))
-    matched = reader.matched([row.name for row in rows])
+    matched = reader.matched({row.name: row.label for row in rows})
     rows = vary_rows(rows, reader.vary(), reader.where.get("vary", str(path)))
     cells = _parse_cells(rows, seeds or {0: {}}, output_dir, faults)
     table = Table(
@@ -217,7 +217,7 @@ def vary_rows(rows: list[Row], vary: Mapping[str, list], where: str) -> list[Row
             folder = ".".join([row.name, *(re.sub(r"[^A-Za-z0-9._-]", "_", text.replace(" ", "-")) for text in said)])
             overrides, origins = {**row.overrides, **chosen}, {**row.origins, **dict.fromkeys(chosen, where)}
             label = ", ".join([row.label, *said])
-            varied.append(Row(folder, label, row.recipe, overrides, origins, of=row.name, varied=chosen))
+            varied.append(Row(folder, label, row.recipe, overrides, origins, of=row.label, varied=chosen))
     return varied
 
 
@@ -319,7 +319,7 @@ class _Reader:
         self._overrides(vary, "vary", self.where.get("vary", ""))
         return {key: values for key, values in vary.items() if key not in SET_BY_GRID}
 
-    def matched(self, rows: list[str]) -> Matching | None:
+    def matched(self, rows: Mapping[str, str]) -> Matching | None:
         given = self.values.get("matched")
         if given is None:
             return None
@@ -327,7 +327,7 @@ class _Reader:
             matching = Matching.of(given)
             if matching.against is not None and matching.against not in rows:
                 raise ValueError(f"`against` is {matching.against!r}{_hint(str(matching.against), rows)}.")
-            return matching
+            return dataclasses.replace(matching, against=rows.get(matching.against))
         except ValueError as err:
             self.faults += [f"{self.where['matched']}: matched: {line}" for line in str(err).splitlines()]
             return None
@@ -402,7 +402,7 @@ class _Reader:
         merged = {**shared, **self._overrides(own, section, at)}
         origins = {key: origin for key, (_, origin) in merged.items()}
         overrides = {key: value for key, (value, _) in merged.items()}
-        return Row(str(name), label, self.path.parent / recipe, overrides, {**origins, "recipe": at}, of=str(name))
+        return Row(str(name), label, self.path.parent / recipe, overrides, {**origins, "recipe": at}, of=label)
 
     def _overrides(self, given: Mapping[Any, Any], section: str, at: str) -> dict[str, tuple[Any, str]]:
         """Recipe keys with where they are set; those that the grid itself sets are faults."""

@@ -443,10 +443,11 @@ class UnlearnTrainer(SaliencyMasking, ReferencePolicy, Trainer):
                 )
             return model
         if peft_config is None:
-            freeze_groups(model, args.trainable_groups)
+            freeze_groups(model, args.trainable_groups, args.module_groups)
             return model
         if not getattr(peft_config, "target_modules", None):
-            peft_config.target_modules = lora_targets(model, args.trainable_groups or ["language_model"])
+            chosen = args.trainable_groups or ["language_model"]
+            peft_config.target_modules = lora_targets(model, chosen, args.module_groups)
         if getattr(model, "is_quantized", False):
             model = prepare_model_for_kbit_training(
                 model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -59,6 +60,13 @@ class UnlearnConfig(TrainingArguments):
         metadata={
             "help": "Full fine-tuning: the module groups to train (language_model, connector, vision_tower); None "
             "trains all. With an adapter, the groups that get one; None means language_model.",
+        },
+    )
+    module_groups: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Module-name prefixes by group, for a model whose parts are not found by themselves: "
+            "{language_model: [...], connector: [...], vision_tower: [...]}. None: found in the model's structure."
         },
     )
     reference: str = field(
@@ -147,6 +155,8 @@ class UnlearnConfig(TrainingArguments):
         check_choice("reference", self.reference, MODES)
         check_choice("mask_scope", self.mask_scope, SCOPES)
         self.saliency_settings()
+        if isinstance(self.module_groups, str):
+            self.module_groups = json.loads(self.module_groups)
         if self.probe_steps < 1:
             raise ValueError(f"`probe_steps` must be at least 1, got {self.probe_steps}.")
         super().__post_init__()

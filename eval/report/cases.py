@@ -102,7 +102,7 @@ def _case_markdown(place: int, case: Case, folder: str) -> str:
     if case.get("pictures"):
         lines += [" ".join(f"![case {place}]({folder}/{name})" for name in case["pictures"]), ""]
     lines += [f"> {cell(_text(case.get('prompt', '')))}", ""]
-    rows = [("expected", case.get("expected")), ("biased answer", case.get("biased"))]
+    rows = [("expected", case.get("expected")), ("answer to unlearn", case.get("biased"))]
     rows += [(state, case.get(state)) for state in ("before", "after", "oracle")]
     lines += ["| | answer |", "| --- | --- |"]
     lines += [f"| {name} | {cell(_text(answer)) or MISSING} |" for name, answer in rows if answer is not None]

@@ -1,5 +1,6 @@
 """What every trainer owes, on a tiny text and a tiny image-text model."""
 
+import json
 import math
 
 import pytest
@@ -68,6 +69,25 @@ def test_frozen_groups_stay_as_they_were(make_trainer):
     trainer.train()
     moved = changed(before, trainer.model)
     assert moved and all("multi_modal_projector" in name for name in moved)
+
+
+def test_groups_may_be_named_by_hand(make_trainer):
+    """Another cut of the model: its image side as one part, for full fine-tuning and for LoRA."""
+    named = {
+        "language_model": ["model.language_model", "lm_head"],
+        "eyes": ["model.vision_tower", "model.multi_modal_projector"],
+    }
+    for groups in (named, json.dumps(named)):
+        trainer = make_trainer("ga", "image", module_groups=groups, trainable_groups=["eyes"])
+        before = weights(trainer.model)
+        trainer.train()
+        moved = changed(before, trainer.model)
+        assert moved and all("vision_tower" in name or "projector" in name for name in moved)
+    trainer = make_trainer("ga", "image", LoraConfig(r=2), module_groups=named, trainable_groups=["eyes"])
+    adapted = [name for name, value in trainer.model.named_parameters() if value.requires_grad]
+    assert any("projector" in name for name in adapted) and not any("language_model" in name for name in adapted)
+    with pytest.raises(ValueError, match="no module group 'ears'"):
+        make_trainer("ga", "image", module_groups=named, trainable_groups=["ears"])
 
 
 def test_lora_goes_on_the_groups_that_are_named(make_trainer):
