@@ -1,0 +1,255 @@
+"""The build engine: rows flow through a chain of stages, and what was expensive is asked once.
+
+A stage is one of two kinds. A *stream stage* is cheap, and runs again in every build:
+
+    class Shorten:
+        name = "shorten"
+
+        def __init__(self, num_words: int = 20):
+            self.settings = {"num_words": num_words}
+
+        def run(self, rows):
+            for row in rows:
+                words = row["completion"].split()
+                if not words:
+                    yield Reject(row, "empty")
+                else:
+                    yield {**row, "completion": " ".join(words[: self.settings["num_words"]])}
+
+An *item stage* is expensive (a language model, a diffusion model). It gets rows in batches and returns one `Outcome` a
+row, which is on the disk before it is used; a build that was killed reads it there instead of asking again:
+
+    class Ask:
+        name, batch_size, concurrency = "ask", 1, 8
+
+        def __init__(self, url):
+            self.settings = {"url": url}
+
+        def key(self, row):
+            return row_key(row, ("completion",))
+
+        def do(self, rows):
+            return [Outcome({"completion": ask(row["completion"])}) for row in rows]
+
+`settings` holds whatever changes the result, as JSON, and nothing secret: it is written to disk, and another value
+starts another store. What changes no result (a timeout, the number of threads) does not belong there.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from biasunlearn_trainer.data_builders.store import Store, digest
+
+WINDOW = 4
+"""Batches a thread that may be begun ahead of the row that is yielded next: enough that one slow one stops nobody."""
+
+
+class StageError(RuntimeError):
+    """A stage cannot go on at all (a refused key, a server that is gone); what was stored stays."""
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that a stage takes out.
+
+    Attributes:
+        row: the row as it came to the stage.
+        reason: a few words, the same for all rows of a kind, since rejects are counted by it ("no demographic term").
+        detail: what is particular to this row, for instance the answer that was refused.
+        stage: which stage took it out; the engine fills it in.
+    """
+
+    row: dict
+    reason: str
+    detail: str = ""
+    stage: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an item stage made of one row.
+
+    Attributes:
+        row: the columns that it sets, as JSON; the row that goes on is `{**row, **outcome.row}`. None for a reject.
+        reason: why there is none; as in `Reject`.
+        detail: as in `Reject`.
+        final: False for a failure that another build may not meet (a timeout): it is not stored, and asked again.
+    """
+
+    row: Mapping[str, Any] | None = None
+    reason: str | None = None
+    detail: str = ""
+    final: bool = True
+
+    def __post_init__(self):
+        """Refuses an outcome that is both or neither."""
+        if (self.row is None) == (self.reason is None):
+            raise ValueError(f"an Outcome is a row or a reason, got row={self.row!r:.60} and reason={self.reason!r}")
+
+
+@runtime_checkable
+class StreamStage(Protocol):
+    """A cheap stage: `run` takes rows and yields rows and `Reject`s, one row at a time and in order."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+    def run(self, rows: Iterable[dict]) -> Iterator[dict | Reject]:
+        """Yields what becomes of the rows."""
+
+
+@runtime_checkable
+class ItemStage(Protocol):
+    """An expensive stage. Further attributes that the engine looks for:
+
+    `batch_size` (default 1): rows that `do` gets at once, fewer in the last batch; a batch is stored when it is done.
+    `concurrency` (default 1): threads that call `do` at the same time.
+    `folder`: where it is there, the engine sets it to a folder of the stage's own (pictures), before the first row.
+    `close()`: called when the rows are through, or the build stops.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+
+    def key(self, row: dict) -> str:
+        """Names what is asked: rows with the same key are asked once and get the same outcome."""
+
+    def do(self, rows: list[dict]) -> list[Outcome]:
+        """Returns one outcome a row, in order."""
+
+
+Stage = StreamStage | ItemStage
+
+
+def row_key(row: Mapping[str, Any], columns: Sequence[str] | None = None) -> str:
+    """A key of an item: the digest of the row, or of some of its columns."""
+    return digest(dict(row) if columns is None else [row.get(column) for column in columns])
+
+
+def stage_id(stage: Stage) -> str:
+    """Name and settings of a stage in one word, "rephrase_text-1f0c9a52b7e4": the name of its store."""
+    return f"{stage.name}-{digest(dict(stage.settings))[:12]}"
+
+
+def run_stages(
+    rows: Iterable[dict],
+    stages: Sequence[Stage],
+    folder: str | Path,
+    on_reject: Callable[[Reject], None],
+    on_item: Callable[[Stage, bool], None] = lambda stage, was_stored: None,
+) -> Iterator[dict]:
+    """Sends rows through stages.
+
+    Args:
+        rows: in the schema's columns; of item stages' keys, everything JSON can write.
+        stages: in order.
+        folder: where item stages store their outcomes, a file a stage and its settings.
+        on_reject: called for every row that is taken out, with the stage's name filled in.
+        on_item: called for every row that passed an item stage, and whether its outcome was there already.
+
+    Yields:
+        The rows that came through, in the order in which they came, however many threads a stage uses.
+
+    Raises:
+        TypeError: a stage is of neither kind.
+        ValueError: a stage returned another number of outcomes than it got rows.
+        StageError, StoreError: from a stage; what was answered until then is stored.
+    """
+    for stage in stages:
+        if isinstance(stage, ItemStage):
+            rows = _run_items(rows, stage, Path(folder), on_item)
+        elif isinstance(stage, StreamStage):
+            rows = stage.run(rows)
+        else:
+            raise TypeError(f"{stage!r} is no stage: it needs name, settings, and run(rows) or key(row) and do(rows).")
+        rows = _without_rejects(rows, stage.name, on_reject)
+    yield from rows
+
+
+def _without_rejects(rows: Iterable[dict | Reject], name: str, on_reject: Callable[[Reject], None]) -> Iterator[dict]:
+    for row in rows:
+        if isinstance(row, Reject):
+            on_reject(Reject(row.row, row.reason, row.detail, row.stage or name))
+        else:
+            yield row
+
+
+def _run_items(
+    rows: Iterable[dict], stage: ItemStage, folder: Path, on_item: Callable[[Stage, bool], None]
+) -> Iterator[dict | Reject]:
+    name = stage_id(stage)
+    if hasattr(stage, "folder"):
+        stage.folder = folder / name
+        stage.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with Store(folder / f"{name}.jsonl") as store:
+            yield from _Items(stage, store, on_item).run(rows)
+    finally:
+        getattr(stage, "close", lambda: None)()
+
+
+class _Items:
+    """Rows of one item stage under way: those waiting for a batch, those being asked, those stored."""
+
+    def __init__(self, stage: ItemStage, store: Store, on_item: Callable[[Stage, bool], None]):
+        self.stage, self.store, self.on_item = stage, store, on_item
+        self.batch_size, self.concurrency = getattr(stage, "batch_size", 1), getattr(stage, "concurrency", 1)
+        # Of each row under way its key, and whether it was asked for before.
+        self.rows: deque[tuple[dict, str, bool]] = deque()
+        self.futures: dict[str, Future] = {}
+        self.waiting: dict[str, dict] = {}
+
+    def run(self, rows: Iterable[dict]) -> Iterator[dict | Reject]:
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix=self.stage.name)
+        try:
+            for row in rows:
+                self._take(row, pool)
+                while len(self.rows) >= WINDOW * self.batch_size * self.concurrency:
+                    yield self._next(pool)
+            while self.rows:
+                yield self._next(pool)
+        finally:
+            # Batches that are being answered are paid for: they are waited for and stored, the others are dropped.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _take(self, row: dict, pool: ThreadPoolExecutor) -> None:
+        key = self.stage.key(row)
+        was_stored = key in self.store or key in self.futures or key in self.waiting
+        self.rows.append((row, key, was_stored))
+        if not was_stored:
+            self.waiting[key] = row
+            if len(self.waiting) == self.batch_size:
+                self._ask(pool)
+
+    def _ask(self, pool: ThreadPoolExecutor) -> None:
+        batch, self.waiting = self.waiting, {}
+        future = pool.submit(self._do, batch)
+        self.futures.update(dict.fromkeys(batch, future))
+
+    def _do(self, batch: dict[str, dict]) -> dict[str, Outcome]:
+        """Asks a batch and stores it; returns what was not stored."""
+        outcomes = list(self.stage.do(list(batch.values())))
+        if len(outcomes) != len(batch):
+            raise ValueError(f"stage {self.stage.name} returned {len(outcomes)} outcomes for {len(batch)} rows.")
+        for key, outcome in zip(batch, outcomes, strict=True):
+            if outcome.final:
+                self.store.put(key, {"row": outcome.row, "reason": outcome.reason, "detail": outcome.detail})
+        return {key: outcome for key, outcome in zip(batch, outcomes, strict=True) if not outcome.final}
+
+    def _next(self, pool: ThreadPoolExecutor) -> dict | Reject:
+        row, key, was_stored = self.rows.popleft()
+        if key in self.waiting:
+            self._ask(pool)
+        failed = self.futures[key].result() if key in self.futures else {}
+        if not any(key == later for _, later, _ in self.rows):
+            self.futures.pop(key, None)
+        # Read back even when it is new, so that the rows of a first build and of a continued one are the same.
+        outcome = failed.get(key) or Outcome(**self.store.get(key))
+        self.on_item(self.stage, was_stored)
+        if outcome.row is None:
+            return Reject(row, outcome.reason, outcome.detail)
+        return {**row, **outcome.row}
