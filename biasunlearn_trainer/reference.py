@@ -124,6 +124,7 @@ class ReferenceBuilder:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{os.getpid()}.partial")
             save_file({"logps": logps}, partial)
+            partial.chmod(0o644)  # safetensors keeps a new file to its owner, and caches are shared
             partial.replace(path)
         return logps
 

@@ -145,6 +145,7 @@ class SaliencyMask:
         metadata = {"format": FORMAT, "shapes": json.dumps(self.shapes), "provenance": json.dumps(self.provenance)}
         partial = path.with_suffix(f".{os.getpid()}.partial")
         save_file(self.bits, partial, metadata)
+        partial.chmod(0o644)  # safetensors keeps a new file to its owner, and caches are shared
         partial.replace(path)
 
     @classmethod
