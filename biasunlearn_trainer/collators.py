@@ -8,11 +8,13 @@ raw text.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
@@ -88,6 +90,7 @@ class CompletionCollator:
         """
         images = _images_of(rows)
         rendered = self._render_all(rows, images)
+        images = _opened(images)
         templated = rendered[0].templated
         batch = self._encode([r.full for r in rendered], images, templated, padding_side="right")
         prompts = self._encode([r.prompt for r in rendered], images, templated, padding_side="right")
@@ -100,7 +103,8 @@ class CompletionCollator:
         """The prompts alone, left-padded, ready for `model.generate`."""
         images = _images_of(rows)
         rendered = self._render_all(rows, images)
-        return self._encode([r.prompt for r in rendered], images, rendered[0].templated, padding_side="left")
+        prompts = [r.prompt for r in rendered]
+        return self._encode(prompts, _opened(images), rendered[0].templated, padding_side="left")
 
     def _render_all(self, rows: Sequence[Row], images: list[list]) -> list[_Rendered]:
         rendered = []
@@ -392,6 +396,16 @@ def _images_of(rows: Sequence[Row]) -> list[list]:
     if any(images) and not all(images):
         raise ValueError("A batch mixes rows with and without images. Collate them apart, as `PairedStreams` does.")
     return images
+
+
+def _opened(images: list[list]) -> list[list]:
+    """The rows' pictures; those that are named by their files, decoded the same way for every image processor."""
+    return [[_open(image) if isinstance(image, str | os.PathLike) else image for image in row] for row in images]
+
+
+def _open(path: str | os.PathLike) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def _name(row: Row, position: int) -> str:

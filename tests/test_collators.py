@@ -175,3 +175,13 @@ def test_a_prompt_that_is_no_prefix_is_refused(stories_model):
     collate([{"prompt": "Once upon a", "completion": " time there was"}])
     with pytest.raises(ValueError, match=r"row 3: the ids of the prompt are no prefix.*space stands at the end"):
         collate([{"prompt": "Once upon a ", "completion": "time there was", "index": 3}])
+
+
+def test_a_picture_may_be_named_by_its_file(tiny_llava, tmp_path, image_rows):
+    collator = CompletionCollator(load_processor(str(tiny_llava)))
+    rows = image_rows(2)
+    named = []
+    for number, row in enumerate(rows):
+        row["images"][0].save(tmp_path / f"{number}.png")
+        named.append({**row, "images": [str(tmp_path / f"{number}.png")]})
+    assert torch.equal(collator(rows)["pixel_values"], collator(named)["pixel_values"])

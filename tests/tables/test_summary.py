@@ -42,7 +42,8 @@ COLUMNS = (
 def table(tmp_path):
     rows = [Row(name, name.upper(), Path("base.yaml"), {"beta": 0.1}, {}) for name in ("full", "part")]
     cells = tuple(Cell(row, s, tmp_path / "grid" / row.name / f"seed-{s}", "", None) for row in rows for s in (1, 2, 3))
-    return Table(Path("t.yaml"), "SS | by part", tmp_path / "grid", (1, 2, 3), COLUMNS, cells, True, False)
+    seeds = {1: {}, 2: {}, 3: {}}
+    return Table(Path("t.yaml"), "SS | by part", tmp_path / "grid", seeds, COLUMNS, None, cells, True, False)
 
 
 def statuses_of(table, **figures):

@@ -38,8 +38,8 @@ def inputs(num: int = 60) -> dict[str, dict]:
 # In a process of its own: caches go where the environment says, and no network is there to be asked.
 LOAD = """
 import json, sys
-import evaluate
 from biasunlearn_trainer.eval.evaluate_metrics import metric_path
+import evaluate
 results = {}
 for name, columns in json.load(sys.stdin).items():
     metric = evaluate.load(metric_path(name))
