@@ -93,7 +93,7 @@ class CompletionCollator:
         images = _opened(images)
         templated = rendered[0].templated
         batch = self._encode([r.full for r in rendered], images, templated, padding_side="right")
-        prompts = self._encode([r.prompt for r in rendered], images, templated, padding_side="right")
+        prompts = self._encode_prompts([r.prompt for r in rendered], batch, images, templated)
         batch["completion_mask"] = self._completion_mask(batch, prompts, rows)
         if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
             batch = self._truncate(batch, rows)
@@ -206,6 +206,44 @@ class CompletionCollator:
         # An empty list comes back as a float tensor, hence the casts.
         encoded = self.tokenizer(texts, **options)
         return {name: encoded[name].long() for name in ("input_ids", "attention_mask")}
+
+    def _encode_prompts(
+        self, texts: list[str], batch: dict[str, Tensor], images: list[list], templated: bool
+    ) -> dict[str, Tensor]:
+        """The prompts alone, right-padded, without putting their pictures through the image processor again.
+
+        The whole rows say how many tokens each picture has. With as many in its place a prompt needs the tokenizer
+        alone. What comes out is taken if it begins the row's ids; else the processor itself is asked.
+        """
+        if any(images) and not self._lays_image_tokens:
+            spelled = [self._spell_out(text, ids) for text, ids in zip(texts, batch["input_ids"], strict=True)]
+            if None not in spelled:
+                prompts = self._encode(spelled, [[] for _ in spelled], templated, padding_side="right")
+                if self._begin(prompts, batch):
+                    return prompts
+        return self._encode(texts, images, templated, padding_side="right")
+
+    def _spell_out(self, text: str, ids: Tensor) -> str | None:
+        """The prompt with each placeholder as often as its picture has tokens; None where the two do not correspond."""
+        is_image = (ids == self.image_token_id).long()
+        edges = torch.diff(is_image, prepend=is_image.new_zeros(1), append=is_image.new_zeros(1))
+        lengths = (edges == -1).nonzero()[:, 0] - (edges == 1).nonzero()[:, 0]
+        token = str(self.processing_class.image_token)
+        first, *others = text.split(token)
+        if len(others) != len(lengths):
+            return None
+        return first + "".join(token * int(n) + part for n, part in zip(lengths, others, strict=True))
+
+    def _begin(self, prompts: dict[str, Tensor], batch: dict[str, Tensor]) -> bool:
+        """Whether every prompt begins its row."""
+        width = prompts["input_ids"].shape[1]
+        if width > batch["input_ids"].shape[1]:
+            return False
+        same = prompts["input_ids"] == batch["input_ids"][:, :width]
+        if self._adds_eos:  # the prompt's own EOS is no part of the row
+            lengths = prompts["attention_mask"].sum(1, keepdim=True)
+            same |= torch.arange(width) == lengths - 1
+        return bool((same | ~prompts["attention_mask"].bool()).all())
 
     def _have_placeholders(self, texts: list[str]) -> bool:
         present = {str(self.processing_class.image_token) in text for text in texts}

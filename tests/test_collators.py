@@ -185,3 +185,28 @@ def test_a_picture_may_be_named_by_its_file(tiny_llava, tmp_path, image_rows):
         row["images"][0].save(tmp_path / f"{number}.png")
         named.append({**row, "images": [str(tmp_path / f"{number}.png")]})
     assert torch.equal(collator(rows)["pixel_values"], collator(named)["pixel_values"])
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_pictures_go_through_the_image_processor_once(num_images, tiny_llava, image_rows, monkeypatch):
+    """And what the prompt's own pass would have given is what comes out."""
+    processor = load_processor(str(tiny_llava))
+    collator = CompletionCollator(processor)
+    rows = [
+        {**row, "prompt": "<image> and " * num_images + row["prompt"], "images": row["images"] * num_images}
+        for row in image_rows(3)
+    ]
+    calls = []
+    process = type(processor.image_processor).preprocess
+
+    def counted(self, images, *args, **kwargs):
+        calls.append(len(images))
+        return process(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor.image_processor), "preprocess", counted)
+    once = collator(rows)
+    assert len(calls) == 1
+    monkeypatch.setattr(collator, "_spell_out", lambda text, ids: None)
+    twice = collator(rows)
+    assert len(calls) == 3 and once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
