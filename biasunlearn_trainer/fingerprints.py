@@ -53,6 +53,14 @@ def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+def content_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Digest of everything that rows hold, every column and the pictures themselves, in order."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for row in rows:
+        _feed(digest, row)
+    return digest.hexdigest()
+
+
 def processor_fingerprint(processing_class: ProcessorMixin | PreTrainedTokenizerBase) -> str:
     """Digest of how rows become tensors: vocabulary, special tokens, chat template, image settings."""
     tokenizer = tokenizer_of(processing_class)

@@ -145,6 +145,13 @@ class RunConfig:
         default=64,
         metadata={"help": "Rows scored at once on each process; 64 tiny rows fit anywhere, lower it for 7B models."},
     )
+    keep_records: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": "Keep what the model before unlearning and the oracle made of every task's rows in the library's "
+            "cache folder, so that the next run from the same model does not measure it again."
+        },
+    )
     probes: list[str] | None = dataclasses.field(
         default=None,
         metadata={

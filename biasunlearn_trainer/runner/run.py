@@ -45,6 +45,7 @@ from biasunlearn_trainer.runner.data import (
 from biasunlearn_trainer.runner.folder import RESULTS_FILE, STATE_FILE, prepare_folder, write_records
 from biasunlearn_trainer.runner.guidance import check_guidance, give_guidance
 from biasunlearn_trainer.runner.models import is_sharded, load_for_run, whole_weights
+from biasunlearn_trainer.runner.record_cache import RecordCache
 from biasunlearn_trainer.runner.saliency import add_to_report, write_mask_report
 from biasunlearn_trainer.runner.transfer import checked_adapter, describe_transfer, transfer
 from biasunlearn_trainer.saliency.distribution import Distribution
@@ -217,7 +218,11 @@ class _Evaluation:
         """Measures a model as `before`, `after` or `oracle` and writes results.json; every process has to call it."""
         run_config, args = self.recipe.run, self.recipe.training
         scorer = Scorer(model, self.processing_class, run_config.eval_batch_size, args.append_eos)
-        items = {task.name: task.run(scorer, answers=run_config.case_studies > 0) for task in self.tasks}
+        answers = run_config.case_studies > 0
+        if name == "after" or not run_config.keep_records:
+            items = {task.name: task.run(scorer, answers=answers) for task in self.tasks}
+        else:
+            items = RecordCache().run(self.tasks, scorer, answers)
         before = self.items.get("before", {})
         summaries = {task.name: task.summarise(items[task.name], before.get(task.name)) for task in self.tasks}
         self.items[name] = items
