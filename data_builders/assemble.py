@@ -1,0 +1,242 @@
+"""From rows that came through the stages to a written set: splits, checks between them, Parquet, card."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
+
+from biasunlearn_trainer.data_builders.build_recipe import BuildRecipe, SplitSpec
+from biasunlearn_trainer.data_builders.card import BuildReport, SplitReport, write_card
+from biasunlearn_trainer.data_builders.contact_sheet import draw_contact_sheet
+from biasunlearn_trainer.data_builders.leakage import check_leakage
+from biasunlearn_trainer.data_builders.near_duplicates import NearDuplicates, row_text
+from biasunlearn_trainer.data_builders.parts import deal_groups, draw, has_values
+from biasunlearn_trainer.data_builders.sources.stereoset_format import StereoSetItem, write_json
+from biasunlearn_trainer.data_builders.stages import Reject
+from biasunlearn_trainer.data_builders.store import digest
+from biasunlearn_trainer.data_builders.written_set import RowSpool, features_of, write_parquet
+
+DATA_FOLDER, CARD, REJECTS, REPORT, SHEET = "data", "README.md", "rejects.jsonl", "build.json", "contact_sheet.png"
+SHEET_ROWS = 16
+NUM_SHOWN = 5
+
+
+class BuildError(RuntimeError):
+    """A build that cannot be finished; what its stages were answered is kept."""
+
+
+def split_kind(name: str, split: SplitSpec) -> str:
+    """What a split is for: as it says, or told from its name; `test` and `validation` are the Hub's words."""
+    told = {"report": "report", "test": "report", "probe": "probe", "validation": "probe"}
+    return split.kind or told.get(name, "train")
+
+
+class Assembly:
+    """Splits of one spool of rows, on their way to a folder.
+
+    Args:
+        recipe: of the build.
+        spool: the rows; each has a column `group`.
+        folder: where the files are written before they are moved to their place.
+        on_reject: called for rows that are left out here.
+        report: filled in.
+    """
+
+    def __init__(self, recipe: BuildRecipe, spool: RowSpool, folder: Path, on_reject, report: BuildReport):
+        self.recipe, self.spool, self.folder, self.report = recipe, spool, folder, report
+        self.on_reject = on_reject
+        self.files = {name: f"{DATA_FOLDER}/{name}.parquet" for name in recipe.splits}
+        self.part_of = self._parts()
+        self.has_images = any(row.get("images") for row in spool)
+        self.dropped: dict[str, dict[int, tuple[str, str]]] = {name: {} for name in recipe.splits}
+
+    def _parts(self) -> dict[str, str]:
+        sizes: Counter[str] = Counter()
+        strata: dict[str, str] = {}
+        for row in self.spool:
+            sizes[row["group"]] += 1
+            strata.setdefault(row["group"], str(row.get("bias_type")))
+        return deal_groups(sizes, strata, self.recipe.parts, self.recipe.seed)
+
+    def rows(self, name: str) -> Iterator[dict]:
+        """The rows of a split, without those that a check dropped."""
+        dropped = self.dropped[name]
+        yield from (row for number, row in enumerate(self._drawn(name)) if number not in dropped)
+
+    def _drawn(self, name: str) -> Iterator[dict]:
+        split = self.recipe.splits[name]
+        if split.limit is None:
+            yield from self._chosen(split)
+            return
+        drawn = draw(range(sum(1 for _ in self._chosen(split))), split.limit, self.recipe.seed)
+        yield from (row for number, row in enumerate(self._chosen(split)) if number in drawn)
+
+    def _chosen(self, split: SplitSpec) -> Iterator[dict]:
+        for row in self.spool:
+            if split.part in (None, self.part_of[row["group"]]) and has_values(row, split.where):
+                yield row
+
+    def _by_kind(self) -> tuple[list[str], list[str]]:
+        kinds = {name: split_kind(name, split) for name, split in self.recipe.splits.items()}
+        return [n for n in kinds if kinds[n] == "train"], [n for n in kinds if kinds[n] != "train"]
+
+    def check_duplicates(self) -> None:
+        """Finds rows that a split has twice, and rows to train on that are nearly rows to report."""
+        for name in self.recipe.splits:
+            seen: set[str] = set()
+            for number, row in enumerate(self._drawn(name)):
+                key = digest([row_text(row).casefold().split(), row["prompt"] == "", row.get("images")])
+                if key in seen:
+                    self._duplicate(name, number, row)
+                seen.add(key)
+        trained, held_out = self._by_kind()
+        for other in held_out:
+            index = NearDuplicates(self.rows(other), self.recipe.near_duplicate_similarity) if trained else None
+            for name in trained:
+                self._near(name, other, index)
+
+    def _duplicate(self, name: str, number: int, row: dict) -> None:
+        if self.recipe.drop_duplicates:
+            self.dropped[name][number] = ("duplicate", "")
+            self.on_reject(Reject(row, "duplicate", f"twice in {name}", "splits"))
+        else:
+            self.report.duplicates[name] = self.report.duplicates.get(name, 0) + 1
+
+    def _near(self, name: str, other: str, index: NearDuplicates) -> None:
+        found = []
+        for number, row in enumerate(self._drawn(name)):
+            if number not in self.dropped[name] and (near := index.nearest(row, number)):
+                found.append((near, row))
+        self.report.near_duplicates[f"{name} and {other}"] = len(found)
+        action = self.recipe.on_near_duplicate
+        if found and action == "raise":
+            shown = [f"  - {near.similarity:.2f}: {row_text(row)!r:.160}" for near, row in found[:NUM_SHOWN]]
+            raise BuildError(
+                f"{len(found)} row(s) of {name} are nearly rows of {other}; set `on_near_duplicate: drop` to leave "
+                "them out, or `part_by` to a column that keeps them together:\n" + "\n".join(shown)
+            )
+        if action == "drop":
+            for near, row in found:
+                self.dropped[name][near.row] = ("near duplicate", "")
+                detail = f"of row {near.other} of {other}, similarity {near.similarity:.2f}"
+                self.on_reject(Reject(row, "near duplicate", detail, "splits"))
+
+    def write(self) -> None:
+        """Writes Parquet files, formats of benchmarks, and the contact sheet."""
+        (self.folder / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
+        schema = self.spool.schema
+        if schema is None:
+            raise BuildError("no row came through the stages; rejects.jsonl says why each was left out.")
+        features = features_of(schema, self.has_images)
+        for name, split in self.recipe.splits.items():
+            counts = {"bias_type": Counter(), "polarity": Counter()}
+            num, print_ = write_parquet(_counted(self.rows(name), counts), self.folder / self.files[name], features)
+            if not num:
+                raise BuildError(f"split {name} has no row: {_why_empty(split, self.spool)}")
+            orders = [dict(sorted(count.items())) for count in counts.values()]
+            self.report.splits[name] = SplitReport(num, print_, *orders)
+            if split.write_as == "stereoset_json":
+                write_json(_stereoset_items(self.rows(name)), self.folder / DATA_FOLDER / f"{name}.json")
+        if self.has_images:
+            pictured = (row for name in self.recipe.splits for row in islice(self._pictured(name), 4))
+            draw_contact_sheet(islice(pictured, SHEET_ROWS), self.folder / SHEET)
+
+    def _pictured(self, name: str) -> Iterator[dict]:
+        return (row for row in self.rows(name) if row.get("images"))
+
+    def check_leakage(self) -> None:
+        """Compares each split to train on with those to report and probe, as written; raises or lists."""
+        trained, held_out = self._by_kind()
+        with _loaded({name: self.folder / path for name, path in self.files.items()}) as sets:
+            for name, other in itertools.product(trained, held_out):
+                # In a set of these names the rejected answer counts, too: a forget row is a question's biased answer.
+                kind = split_kind(other, self.recipe.splits[other])
+                pair = {"trained": sets[name], kind: sets[other]}
+                leaks = check_leakage(pair, on_leak=self.recipe.on_leak, pairs=[("trained", kind)])
+                self.report.leaks[f"{name} and {other}"] = len(leaks)
+
+    def write_card(self) -> None:
+        """Writes the card beside the files."""
+        (self.folder / CARD).write_text(write_card(self.report, self.files), encoding="utf-8")
+
+
+def _counted(rows: Iterable[dict], counts: Mapping[str, Counter]) -> Iterator[dict]:
+    for row in rows:
+        for column, count in counts.items():
+            count[str(row.get(column) or "none")] += 1
+        yield row
+
+
+def _why_empty(split: SplitSpec, rows: Iterable[dict]) -> str:
+    """Names the first condition that no row meets, with the values that there are."""
+    for column, wanted in split.where.items():
+        values = Counter(str(row.get(column)) for row in rows)
+        if not any(has_values({column: value}, {column: wanted}) for value in values):
+            there = ", ".join(value for value, _ in values.most_common(12))
+            return f"none has {column} {wanted!r}; values there: {there}."
+    return f"part {split.part!r} has none with {split.where}." if split.where else f"part {split.part!r} is empty."
+
+
+def _stereoset_items(rows: Iterable[dict]) -> Iterator[StereoSetItem]:
+    """Puts the sentences of an item together again; an item that lost one is left out."""
+    items: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        items.setdefault(row["pair_id"], {})[row["polarity"]] = row
+    for sentences in items.values():
+        if set(sentences) != {"stereotype", "anti_stereotype", "unrelated"}:
+            continue
+        first = sentences["stereotype"]
+        texts = {polarity: row["completion"].strip() for polarity, row in sentences.items()}
+        own = {name: first[name] for name in ("target", "bias_type", "task", "context")}
+        yield StereoSetItem(id=first["source_id"], **own, **texts)
+
+
+@contextlib.contextmanager
+def _loaded(files: Mapping[str, Path]) -> Iterator[dict[str, Dataset]]:
+    """The written sets, read through a cache that goes when they are no longer needed."""
+    shown = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with tempfile.TemporaryDirectory(dir=next(iter(files.values())).parent.parent) as cache:
+            yield {
+                name: load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache)
+                for name, path in files.items()
+            }
+    finally:
+        if not shown:
+            enable_progress_bars()
+
+
+def move_into_place(partial: Path, folder: Path) -> None:
+    """Moves the finished files over older ones, the card last."""
+    names = sorted((p.relative_to(partial) for p in partial.rglob("*") if p.is_file()), key=lambda p: p.name == CARD)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, folder / name)
+    shutil.rmtree(partial)
+
+
+def disk_error(err: OSError, recipe: BuildRecipe) -> BuildError:
+    """The same in a sentence that says what is kept and what to do."""
+    full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = "the disk is full" if full else f"{err.strerror or err}"
+    where = f" ({err.filename})" if err.filename else ""
+    return BuildError(
+        f"the set cannot be written: {what}{where}. What stages were answered is kept in {recipe.cache_dir}; make room "
+        "and run the same command again, it continues there."
+    )
+
+
+def reject_line(reject: Reject) -> str:
+    """One line of rejects.jsonl."""
+    line = {"stage": reject.stage, "reason": reject.reason, "detail": reject.detail, "row": reject.row}
+    return json.dumps(line, ensure_ascii=False) + "\n"

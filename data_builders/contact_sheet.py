@@ -1,0 +1,60 @@
+"""A sheet of rows with pictures, to look at: each picture, its question and its answer."""
+
+import io
+import textwrap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from biasunlearn_trainer.data_builders.images import image_bytes
+from biasunlearn_trainer.data_builders.near_duplicates import plain_text
+
+_WIDTH, _PICTURE, _MARGIN, _LINE = 250, 226, 12, 17
+_INK, _GREY = (30, 30, 34), (110, 110, 116)
+
+
+def draw_contact_sheet(rows: Iterable[Mapping[str, Any]], path: Path, columns: int = 4) -> int:
+    """Draws the rows that have pictures as a PNG.
+
+    Args:
+        rows: in the schema's columns; of several pictures the first is drawn.
+        path: the PNG.
+        columns: rows side by side.
+
+    Returns:
+        How many were drawn; with none, no file is written.
+    """
+    tiles = [_tile(row) for row in rows if row.get("images")]
+    if not tiles:
+        return 0
+    lines = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in line) for line in lines]
+    width = min(columns, len(tiles)) * _WIDTH + _MARGIN
+    sheet = PIL.Image.new("RGB", (width, sum(heights) + _MARGIN * (len(lines) + 1)), (250, 249, 246))
+    y = _MARGIN
+    for line, height in zip(lines, heights, strict=True):
+        for number, tile in enumerate(line):
+            sheet.paste(tile, (_MARGIN + number * _WIDTH, y))
+        y += height + _MARGIN
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return len(tiles)
+
+
+def _tile(row: Mapping[str, Any]) -> PIL.Image.Image:
+    with PIL.Image.open(io.BytesIO(image_bytes(row["images"][0]))) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((_PICTURE, _PICTURE))
+    label = f"{row.get('bias_type') or ''} {row.get('polarity') or ''}".strip()
+    texts = [(label, _GREY), (plain_text(row["prompt"]), _INK), (plain_text(row["completion"]), _INK)]
+    lines = [(line, colour) for text, colour in texts for line in textwrap.wrap(text, 34)[:6]]
+    tile = PIL.Image.new("RGB", (_WIDTH, _PICTURE + 6 + _LINE * len(lines)), (250, 249, 246))
+    tile.paste(picture, (0, 0))
+    draw, font = PIL.ImageDraw.Draw(tile), PIL.ImageFont.load_default(size=13)
+    for number, (line, colour) in enumerate(lines):
+        draw.text((0, _PICTURE + 6 + _LINE * number), line, fill=colour, font=font)
+    return tile
