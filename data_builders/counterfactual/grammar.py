@@ -7,7 +7,7 @@ closed classes of words (`words/word_classes.tsv`); there is no tagger.
 from biasunlearn_trainer.data_builders.counterfactual.tokens import NUMBER, Sentence
 from biasunlearn_trainer.data_builders.counterfactual.words import proper_words, word_class
 
-_QUOTES = frozenset("\"'“”‘’«([")
+_QUOTES = frozenset("\"'“”\u2018\u2019«([")
 
 
 def _closed(word: str) -> bool:
@@ -33,9 +33,9 @@ def _known_noun(word: str) -> bool:
 def role_of_her(sentence: Sentence, i: int) -> str | None:
     """`object` (him) or `determiner` (his) for the "her" at word `i`; None where both would do.
 
-    In this order: at the end, before punctuation or a word of a closed class it is the object; at the start, before "own"
-    or a noun of the lists it is the possessive; after a verb that takes two objects or a bare verb ("give", "see",
-    "call") and before any other word nobody can tell; else it is the possessive.
+    In this order: at the end, before punctuation or a word of a closed class it is the object; at the start, before
+    "own" or a noun of the lists it is the possessive; after a verb that takes two objects or a bare verb
+    ("give", "see", "call") and before any other word nobody can tell; else it is the possessive.
     """
     token, word, before = sentence.tokens[i], sentence.next(i), sentence.previous(i)
     if token.clitic or (not word and sentence.after(i) in _QUOTES and sentence.after(i)):
@@ -125,7 +125,7 @@ def describes_person(sentence: Sentence, first: int, last: int, *, nominal: bool
         word = sentence.next(j)
     word = sentence.next(last)
     ends = not word or word in word_class("follows_predicate")
-    if ends and sentence.after(last) not in _QUOTES - {'"', "”", "’"}:
+    if ends and sentence.after(last) not in _QUOTES - {'"', "”", "\u2019"}:
         return _is_predicate_of_person(sentence, first) or (
             nominal and not word and sentence.previous(first) == "the" and sentence.previous(first - 1) in _OF_THE
         )

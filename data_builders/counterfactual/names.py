@@ -26,9 +26,7 @@ def name_fault(sentence: Sentence) -> tuple[str, str] | None:
             return "named_person", token.text
         elif token.lower in known or after_title or _is_known(sentence, i):
             continue
-        elif not token.initial:
-            return "unknown_name", token.text
-        elif _looks_like_a_name(sentence, i):
+        elif not token.initial or _looks_like_a_name(sentence, i):
             return "unknown_name", token.text
     return None
 
@@ -55,12 +53,25 @@ def _is_known(sentence: Sentence, i: int) -> bool:
 def _looks_like_a_name(sentence: Sentence, i: int) -> bool:
     """Whether an unknown word that begins a sentence stands where a name would, and a common noun needs an article."""
     token, word = sentence.tokens[i], sentence.next(i)
-    if token.lower in word_class("starter"):
+    if token.lower in word_class("starter") or any(token.lower in word_class(name) for name in _COMMON):
         return False
-    if token.clitic[1:] in ("s", "d", "ll") or word in word_class("initial_verb"):
+    if token.lower in word_class("name_in_s") or token.clitic[1:] in ("s", "d", "ll"):
         return True
-    if i + 1 < len(sentence.tokens) and sentence.tokens[i + 1].text[0].isupper() and word:
-        return sentence.tokens[i + 1].lower not in table("gender").forms
-    singular = not token.lower.endswith("s")
-    after = sentence.tokens[i + 1].lower if i + 1 < len(sentence.tokens) else ""
-    return singular and (word in ("and", "or") or (not word and after == "who"))
+    after = sentence.tokens[i + 1] if i + 1 < len(sentence.tokens) else None
+    if word and after.text[0].isupper():
+        return after.lower not in table("gender").forms
+    if not word:
+        return after is not None and after.lower in ("who", "and") and not token.lower.endswith("s")
+    if token.lower.endswith("s"):
+        return word in ("is", "was", "has", "does")
+    return (
+        word in ("and", "or", "&")
+        or word in word_class("auxiliary")
+        or word in word_class("initial_verb")
+        or word in word_class("finite_verb")
+        or word in ("never", "always", "often", "also")
+        or (word.endswith(("ed", "s", "ly")) and word not in word_class("person"))
+    )
+
+
+_COMMON = ("person", "kin", "owned", "institution", "modifier", "adverb", "degree", "preposition")

@@ -10,12 +10,14 @@ from biasunlearn_trainer.data_builders.counterfactual.swap import Swap, apply, s
 from biasunlearn_trainer.data_builders.counterfactual.words import BIAS_TYPES, table, words_version
 from biasunlearn_trainer.data_builders.stages import Reject
 
+POLARITIES = ("stereotype", "anti_stereotype", "unrelated", "neutral")
 OPPOSITE = {"stereotype": "anti_stereotype", "anti_stereotype": "stereotype"}
-# A counterpart keeps these columns of its row; any other one (an answer, a fact) speaks of the group that was there.
-KEPT = ("bias_type", "polarity", "pair_id", "source", "source_id", "prompt", "completion")
+# A counterpart keeps these columns of its row (`group` is what the build deals to parts as a whole); any other one (an
+# answer, a fact) speaks of the people that were there.
+KEPT = ("group", "bias_type", "polarity", "pair_id", "source", "source_id", "prompt", "completion")
 
 
-class Counterfactuals:
+class Counterfactual:
     """Yields a pair for each row whose groups can be exchanged: the row, then its counterfactual; rejects the others.
 
     A row's `bias_type` decides which words are swapped. A row without one (or with `other`) gives a pair for every
@@ -24,25 +26,31 @@ class Counterfactuals:
 
     Columns of both rows: `pair_id` (a digest of the row's texts and bias type), `bias_type`, `polarity` (the
     counterfactual of a stereotype is an anti-stereotype and the reverse, all else stays), `source` and `source_id` (of
-    the row; where it has none, "text" and the row's number), `group` and `counterfactual` (false, true).
+    the row; where it has none, "text" and the row's number), `demographic` (the group of the first word
+    that was swapped) and `counterfactual` (false, true).
 
     Args:
-        bias_types: those to swap; rows of another one are rejected.
+        bias_types: those to swap, by default all; rows of another one are rejected.
         to: the only group to swap to, for rows that name one group; needs a single bias type.
         polarity: of rows that have none.
 
     Attributes:
         settings: what changes the result, the version of the word files among it.
-        counts: rows yielded by (bias type, group), of the last run.
+        counts: rows yielded by (bias type, demographic group), of the last run.
 
     Raises:
-        ValueError: an unknown bias type or group.
+        ValueError: an unknown bias type, group or polarity.
     """
 
     name = "counterfactual"
 
-    def __init__(self, bias_types: Sequence[str] = BIAS_TYPES, to: str | None = None, polarity: str = "neutral"):
-        self.bias_types, self.to, self.polarity = tuple(bias_types), to, polarity
+    def __init__(self, bias_types: list[str] | None = None, to: str | None = None, polarity: str = "neutral"):
+        """Checks names against the tables."""
+        self.bias_types, self.to, self.polarity = tuple(bias_types or BIAS_TYPES), to, polarity
+        if polarity not in POLARITIES:
+            raise ValueError(f"unknown polarity {polarity!r}; valid: {', '.join(POLARITIES)}")
+        if to is not None and len(self.bias_types) > 1:
+            raise ValueError(f"to: {to!r} is a group of one bias type; set `bias_types` to that one.")
         for bias_type in self.bias_types:
             groups = table(bias_type).groups
             if to is not None and to not in groups:
@@ -65,10 +73,7 @@ class Counterfactuals:
             yield Reject(row, "no_plain_text", "prompt or completion is neither text nor messages of text")
             return
         given = row.get("bias_type")
-        if given and given != "other":
-            types = (given,) if given in self.bias_types else ()
-        else:
-            types = self.bias_types
+        types = self.bias_types if given in (None, "", "other") else [name for name in self.bias_types if name == given]
         joined = ("" if isinstance(row["completion"], str) else "\n").join(texts)
         refused = []
         for bias_type in types:
@@ -98,9 +103,9 @@ class Counterfactuals:
         }
         first, other = swapped.groups
         self.counts.update(((bias_type, first), (bias_type, other)))
-        yield {**row, **ids, "polarity": polarity, "group": first, "counterfactual": False}
+        yield {**row, **ids, "polarity": polarity, "demographic": first, "counterfactual": False}
         kept = {name: row[name] for name in KEPT if name in row}
-        labels = {"polarity": OPPOSITE.get(polarity, polarity), "group": other, "counterfactual": True}
+        labels = {"polarity": OPPOSITE.get(polarity, polarity), "demographic": other, "counterfactual": True}
         yield {**kept, **ids, **labels, **_with_texts(row, iter(changed))}
 
 

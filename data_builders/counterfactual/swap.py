@@ -1,5 +1,6 @@
 """A sentence with its groups exchanged, or the reason why it is left alone."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ REASONS = {
 }
 _CONTEXT = ("adjective", "quality")
 _PROPER = ("proper", "proper_noun", "proper_adjective")
-_QUOTES = frozenset("\"'“”‘’«»`*")
+_QUOTES = frozenset("\"'“”\u2018\u2019«»`*")
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,11 @@ def apply(text: str, edits: Iterable[tuple[int, int, str]]) -> str:
 def _find(text: str, bias_type: str, words: Table) -> tuple[Sentence, list[_Term]]:
     """The words of the table in a text, each checked by the rules for its kind."""
     sentence = Sentence(text, word_class("title"))
-    terms, i = [], 0
+    terms, refused, i = [], None, 0
     while i < len(sentence.tokens):
         lower = sentence.tokens[i].lower
         if lower in words.refusals:
-            _refuse_listed(sentence, i, words)
+            refused = refused or _listed_refusal(sentence, i, words)
         term = None
         if lower in words.forms or lower in words.phrases:
             term = _whole(sentence, i, words)
@@ -160,6 +161,8 @@ def _find(text: str, bias_type: str, words: Table) -> tuple[Sentence, list[_Term
         if term:
             terms.append(term)
         i = term.last + 1 if term else i + 1
+    if refused and (terms or refused.reason == "no_counterpart"):
+        raise refused
     if not terms:
         raise _Refused("no_term", bias_type)
     for term in terms:
@@ -170,14 +173,15 @@ def _find(text: str, bias_type: str, words: Table) -> tuple[Sentence, list[_Term
     return sentence, terms
 
 
-def _refuse_listed(sentence: Sentence, i: int, words: Table) -> None:
+def _listed_refusal(sentence: Sentence, i: int, words: Table) -> _Refused | None:
     tokens = sentence.tokens[i : i + 4]
     for phrase, reason, capital in words.refusals[sentence.tokens[i].lower]:
         found = len(tokens) >= len(phrase) and all(
             token.lower == word for token, word in zip(tokens, phrase, strict=False)
         )
         if found and (not capital or tokens[0].text[0].isupper()):
-            raise _Refused(reason, " ".join(phrase))
+            return _Refused(reason, " ".join(phrase))
+    return None
 
 
 def _whole(sentence: Sentence, i: int, words: Table) -> _Term | None:
@@ -222,6 +226,8 @@ def _check(sentence: Sentence, term: _Term, bias_type: str) -> None:
         raise _Refused("other_sense", text)
     elif kind in _PROPER:
         _check_capitals(sentence, term, text)
+        if text.lower() in word_class("also_name") and not _is_no_name(sentence, term):
+            raise _Refused("other_sense", text)
         if kind == "proper_adjective" and bias_type == "nationality":
             _check_adjective(sentence, term, text)
 
@@ -240,6 +246,13 @@ def _check_capitals(sentence: Sentence, term: _Term, text: str) -> None:
         raise _Refused("compound", f"{tokens[term.first - 1].text} {text}")
 
 
+def _is_no_name(sentence: Sentence, term: _Term) -> bool:
+    """Whether "Christian" is no given name: an article or a form of "be" before it, or a noun for people after it."""
+    before, after = sentence.previous(term.first), sentence.next(term.last)
+    led = any(before in word_class(name) for name in ("determining", "be", "degree", "modifier"))
+    return led or after in word_class("person") or after in word_class("institution")
+
+
 def _check_adjective(sentence: Sentence, term: _Term, text: str) -> None:
     if sentence.previous(term.first) in ("a", "an", "one", "another", "every", "each"):
         word = sentence.next(term.last)
@@ -252,7 +265,7 @@ def _check_adjective(sentence: Sentence, term: _Term, text: str) -> None:
 def _check_mixture(sentence: Sentence, terms: list[_Term]) -> None:
     if len({term.group for term in terms}) > 2:
         raise _Refused("mixed_groups", ", ".join(dict.fromkeys(term.group for term in terms)))
-    for one, other in zip(terms, terms[1:], strict=False):
+    for one, other in itertools.pairwise(terms):
         between = sentence.text[one.end : other.start].lower().split()
         joined = between and between[0] in ("and", "or", "&", "nor") and len(between) < 3
         # "her father nor his": a noun and a pronoun are no pair.

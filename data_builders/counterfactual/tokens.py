@@ -5,7 +5,7 @@ import re
 # Letters, hyphenated ones as one word, and what an apostrophe hangs on it; a bare apostrophe only after an s.
 _WORD = re.compile(
     r"([^\W\d_]+(?:-[^\W\d_]+)*)"
-    r"(['’](?:s|ll|d|ve|re|m|t)(?![^\W_])|(?<=s)['’](?![^\W_]))?",
+    r"(['\u2019](?:s|ll|d|ve|re|m|t)(?![^\W_])|(?<=s)['\u2019](?![^\W_]))?",
     re.IGNORECASE,
 )
 _SENTENCE_END = frozenset('.!?:"“\n')
