@@ -51,8 +51,15 @@ def role_of_her(sentence: Sentence, i: int) -> str | None:
         return "determiner"
     if word in word_class("ambiguous_after_her"):
         return "determiner" if preposition and _known_noun_follows(sentence, i) else None
+    if word in word_class("intensifier"):
+        after = sentence.next(i + 1)
+        return "object" if after in ("much", "well", "often") or after in word_class("adverb") else None
     if _closed(word):
         return "object"
+    if word in word_class("complement"):
+        return "determiner" if _known_noun(sentence.next(i + 1)) else None
+    if (word, sentence.next(i + 1)) == ("face", "to"):
+        return None
     if before in word_class("causative") and word in word_class("bare_verb"):
         return "object"
     if before in word_class("naming"):
@@ -166,7 +173,7 @@ def word_class_of(sentence: Sentence, i: int) -> str | None:
 
 
 def is_verb(sentence: Sentence, i: int, *, plural: bool) -> bool:
-    """Whether a listed noun is used as a verb ("he nurses a grudge", "to man the pumps") or an interjection."""
+    """Whether a noun is a verb ("he nurses a grudge", "to man the pumps"), an interjection, or "man" for mankind."""
     before, word = sentence.previous(i), sentence.next(i)
     takes_object = word in word_class("determiner") or word in word_class("possessive") or word in _OBJECTS
     if before in word_class("subject_pronoun") and not (before == "who" and not takes_object):
@@ -174,7 +181,11 @@ def is_verb(sentence: Sentence, i: int, *, plural: bool) -> bool:
     if before == "to" or before in word_class("modal"):
         return takes_object and not plural
     token = sentence.tokens[i]
-    return token.initial and token.lower in ("man", "boy") and sentence.after(i) in ("!", ",") and not word
+    if token.lower in ("man", "woman") and (token.initial or before in word_class("preposition") or before in _BE_ARE):
+        # "Man is mortal", "the fall of man": mankind.
+        return True
+    return token.initial and token.lower == "boy" and sentence.after(i) in ("!", ",") and not word
 
 
+_BE_ARE = frozenset(("is", "was", "are", "were", "that", "and", "or"))
 _OBJECTS = frozenset(("him", "them", "it", "us", "me", "her"))

@@ -1,5 +1,6 @@
 """A sentence with its groups exchanged, or the reason why it is left alone."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def apply(text: str, edits: Iterable[tuple[int, int, str]]) -> str:
 
 def _find(text: str, bias_type: str, words: Table) -> tuple[Sentence, list[_Term]]:
     """The words of the table in a text, each checked by the rules for its kind."""
-    sentence = Sentence(text, word_class("title"))
+    sentence = _sentence(text)
     terms, refused, i = [], None, 0
     while i < len(sentence.tokens):
         lower = sentence.tokens[i].lower
@@ -171,6 +172,12 @@ def _find(text: str, bias_type: str, words: Table) -> tuple[Sentence, list[_Term
         raise _Refused(*fault)
     _check_mixture(sentence, terms)
     return sentence, terms
+
+
+@functools.lru_cache(maxsize=8)
+def _sentence(text: str) -> Sentence:
+    """The words of a text; kept, since one text is often asked about for one bias type after the other."""
+    return Sentence(text, word_class("title"))
 
 
 def _listed_refusal(sentence: Sentence, i: int, words: Table) -> _Refused | None:
