@@ -45,7 +45,7 @@ class Assembly:
 
     Args:
         recipe: of the build.
-        spool: the rows; each has a column `group`.
+        spool: the rows; each has a column `part_group`.
         folder: where the files are written before they are moved to their place.
         on_reject: called for rows that are left out here.
         report: filled in.
@@ -63,8 +63,10 @@ class Assembly:
         sizes: Counter[str] = Counter()
         strata: dict[str, str] = {}
         for row in self.spool:
-            sizes[row["group"]] += 1
-            strata.setdefault(row["group"], str(row.get("bias_type")))
+            sizes[row["part_group"]] += 1
+            # The least of a group's bias types, so that the order of its rows decides nothing.
+            bias_type = str(row.get("bias_type"))
+            strata[row["part_group"]] = min(bias_type, strata.get(row["part_group"], bias_type))
         return deal_groups(sizes, strata, self.recipe.parts, self.recipe.seed)
 
     def rows(self, name: str) -> Iterator[dict]:
@@ -82,7 +84,7 @@ class Assembly:
 
     def _chosen(self, split: SplitSpec) -> Iterator[dict]:
         for row in self.spool:
-            if split.part in (None, self.part_of[row["group"]]) and has_values(row, split.where):
+            if split.part in (None, self.part_of[row["part_group"]]) and has_values(row, split.where):
                 yield row
 
     def _by_kind(self) -> tuple[list[str], list[str]]:

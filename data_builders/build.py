@@ -83,7 +83,7 @@ class _Counts:
 
 
 def source_rows(spec: SourceSpec, part_by: str | None = None) -> Iterator[dict]:
-    """Reads a source; each row has in `group` what is kept whole when rows are dealt to parts.
+    """Reads a source; each row has in `part_group` what is kept whole when rows are dealt to parts.
 
     Raises:
         BuildError: a row lacks the column that `part_by` names.
@@ -95,7 +95,7 @@ def source_rows(spec: SourceSpec, part_by: str | None = None) -> Iterator[dict]:
             raise BuildError(
                 f"`part_by` is {part_by!r}, which row {number} of {spec.source} lacks; it has {sorted(row)}."
             )
-        yield {**row, "group": f"{spec.source}:{row.get(column) or number}"}
+        yield {**row, "part_group": f"{spec.source}:{row.get(column) or number}"}
 
 
 def _through_stages(rows: Iterable[dict], recipe: BuildRecipe, counts: _Counts) -> Iterable[dict]:
@@ -103,7 +103,17 @@ def _through_stages(rows: Iterable[dict], recipe: BuildRecipe, counts: _Counts) 
         rows = counts.through(rows, number, 0)
         rows = run_stages(rows, [stage], recipe.cache_dir, counts.reject, counts.item)
         rows = counts.through(rows, number, 1)
-    return rows
+    return _with_groups(rows)
+
+
+def _with_groups(rows: Iterable[dict]) -> Iterator[dict]:
+    """Gives a row that a stage made anew the group of the row before it, if they are of one pair."""
+    group_of: dict[str, str] = {}
+    for row in rows:
+        pair = str(row.get("pair_id"))
+        group = row.get("part_group") or group_of.get(pair, f"pair:{pair}")
+        group_of = {pair: group}
+        yield {**row, "part_group": group}
 
 
 def _with_progress(rows: Iterable[dict], counts: _Counts, show: bool) -> Iterator[dict]:

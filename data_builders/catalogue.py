@@ -16,7 +16,19 @@ from typing import Any, Literal
 
 from biasunlearn_trainer.data_builders.images import resolve_path, undecoded
 from biasunlearn_trainer.data_builders.schema import Faults, check_columns, row_faults
-from biasunlearn_trainer.data_builders.sources import bbq, crows_pairs, pairs, passages, plain, stereoset
+from biasunlearn_trainer.data_builders.sources import (
+    bbq,
+    crows_pairs,
+    image_folder,
+    nq_open,
+    okvqa,
+    pairs,
+    passages,
+    pata,
+    plain,
+    stereoset,
+    vlstereoset,
+)
 from biasunlearn_trainer.data_builders.sources.records import READERS, data_suffix
 
 SHARED = re.compile(r"(cc0|cc by|mit|apache|bsd|odc by|odbl|pddl|public domain|ofl|unlicense)\b")
@@ -191,12 +203,36 @@ SOURCES: dict[str, Source] = {
         pairs_rows,
         note="The questions and guesses are ours. Not to be used to predict anybody's race or gender.",
     ),
+    "vlstereoset": Source(
+        "VLStereoSet (Zhou, Lai and Jiang 2022)",
+        vlstereoset.LICENCE,
+        "https://github.com/K-Square-00/VLStereo",
+        vlstereoset.vlstereoset_rows,
+        group="target",
+    ),
+    "pata": Source(
+        "PATA (Seth, Hemani and Agarwal 2023)",
+        pata.LICENCE,
+        "https://github.com/pata-fairness/pata_dataset",
+        pata.pata_rows,
+        group="scene",
+        note="Race, gender and age are the publishers' words for a picture.",
+    ),
+    "nq_open": Source(
+        "NQ-open (Lee et al. 2019; Kwiatkowski et al. 2019)",
+        nq_open.LICENCE,
+        "https://github.com/google-research-datasets/natural-questions",
+        nq_open.nq_open_rows,
+    ),
+    "okvqa": Source("OK-VQA (Marino et al. 2019)", okvqa.LICENCE, "https://okvqa.allenai.org", okvqa.okvqa_rows),
+    "image_folder": Source("A folder of pictures and its table", None, "", image_folder.image_folder_rows),
     "passages": Source("Passages of a text", None, "", passage_rows),
     "rows": Source("Rows of a file, a folder or a Hub set", None, "", own_rows),
 }
 
 STAGES = {
-    "counterfactual": "biasunlearn_trainer.data_builders.counterfactual:Counterfactual",
+    "counterfactual": "biasunlearn_trainer.data_builders.counterfactual:Counterfactuals",
+    "caption_prompts": "biasunlearn_trainer.data_builders.prompt_templates:CaptionPrompts",
     "rephrase_text": "biasunlearn_trainer.data_builders.rephrase_text:RephraseText",
     "rephrase_image": "biasunlearn_trainer.data_builders.rephrase_image:RephraseImage",
 }

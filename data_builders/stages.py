@@ -109,6 +109,7 @@ class ItemStage(Protocol):
     `batch_size` (default 1): rows that `do` gets at once, fewer in the last batch; a batch is stored when it is done.
     `concurrency` (default 1): threads that call `do` at the same time.
     `folder`: where it is there, the engine sets it to a folder of the stage's own (pictures), before the first row.
+    `keep_rows` (default False): every row goes on as it came, too, before what became of it.
     `close()`: called when the rows are through, or the build stops.
     """
 
@@ -209,9 +210,9 @@ class _Items:
             for row in rows:
                 self._take(row, pool)
                 while len(self.rows) >= WINDOW * self.batch_size * self.concurrency:
-                    yield self._next(pool)
+                    yield from self._next(pool)
             while self.rows:
-                yield self._next(pool)
+                yield from self._next(pool)
         finally:
             # Batches that are being answered are paid for: they are waited for and stored, the others are dropped.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -240,7 +241,7 @@ class _Items:
                 self.store.put(key, {"row": outcome.row, "reason": outcome.reason, "detail": outcome.detail})
         return {key: outcome for key, outcome in zip(batch, outcomes, strict=True) if not outcome.final}
 
-    def _next(self, pool: ThreadPoolExecutor) -> dict | Reject:
+    def _next(self, pool: ThreadPoolExecutor) -> Iterator[dict | Reject]:
         row, key, was_stored = self.rows.popleft()
         if key in self.waiting:
             self._ask(pool)
@@ -250,6 +251,9 @@ class _Items:
         # Read back even when it is new, so that the rows of a first build and of a continued one are the same.
         outcome = failed.get(key) or Outcome(**self.store.get(key))
         self.on_item(self.stage, was_stored)
+        if getattr(self.stage, "keep_rows", False):
+            yield row
         if outcome.row is None:
-            return Reject(row, outcome.reason, outcome.detail)
-        return {**row, **outcome.row}
+            yield Reject(row, outcome.reason, outcome.detail)
+        else:
+            yield {**row, **outcome.row}
