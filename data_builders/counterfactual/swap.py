@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -329,14 +330,22 @@ def _target(sentence: Sentence, term: _Term, other: str, source: str) -> tuple[C
     raise _Refused("no_counterpart", source)
 
 
+_OPENING_QUOTE = re.compile(r"(?:^|\s)['\u2018]")
+
+
 def _possessive(sentence: Sentence, term: _Term, concept: Concept, source: str, new: str) -> list:
     """The apostrophe of a plural: "ladies'" and "gentlemen's"."""
     token = sentence.tokens[term.last]
     was_bare, s = len(token.clitic) == 1, token.clitic[1:].lower() == "s"
+    if was_bare and not concept.plural:
+        # "Thomas' book" would become "Susan' book".
+        raise _Refused("not_reversible", source + token.clitic)
     if not concept.plural or not (was_bare or s) or term.end != token.end:
         return []
     bare = new.lower().endswith("s")
     if bare == was_bare:
         return []
+    if _OPENING_QUOTE.search(sentence.text, 0, token.start):
+        raise _Refused("quoted_term", source + token.clitic)
     mark = token.clitic[0] + ("" if bare else "S" if new.isupper() else "s")
     return [(token.end, token.end + len(token.clitic), mark)]
