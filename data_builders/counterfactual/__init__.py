@@ -2,13 +2,13 @@
 
     swap("The nurse said her shift was over.", "gender").text    "The nurse said his shift was over."
     swap("He called her fat.", "gender").reason                  "ambiguous_her"
-    Counterfactual().run(rows)                                  each row that can be swapped, and its counterpart
+    Counterfactuals().run(rows)                                  each row that can be swapped, and its counterpart
 
 Words are in `data_builders/words/`; rules, reasons and measured figures in docs/counterfactuals.md.
 """
 
-from biasunlearn_trainer.data_builders.counterfactual.stage import Counterfactual
+from biasunlearn_trainer.data_builders.counterfactual.stage import Counterfactuals
 from biasunlearn_trainer.data_builders.counterfactual.swap import REASONS, Swap, swap
 from biasunlearn_trainer.data_builders.counterfactual.words import BIAS_TYPES, words_version
 
-__all__ = ["BIAS_TYPES", "REASONS", "Counterfactual", "Swap", "swap", "words_version"]
+__all__ = ["BIAS_TYPES", "REASONS", "Counterfactuals", "Swap", "swap", "words_version"]

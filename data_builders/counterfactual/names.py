@@ -1,6 +1,6 @@
 """Which capitalised words make a swap of gender unsafe: persons of history, full names, names that no list knows."""
 
-from biasunlearn_trainer.data_builders.counterfactual.tokens import Sentence
+from biasunlearn_trainer.data_builders.counterfactual.tokens import NUMBER, Sentence
 from biasunlearn_trainer.data_builders.counterfactual.words import proper_words, table, word_class
 
 ROYAL = frozenset(("king", "queen", "prince", "princess", "duke", "duchess", "emperor", "empress", "sir", "baron"))
@@ -57,6 +57,8 @@ def _looks_like_a_name(sentence: Sentence, i: int) -> bool:
         return False
     if token.lower in word_class("name_in_s") or token.clitic[1:] in ("s", "d", "ll"):
         return True
+    if word == NUMBER:
+        return False
     after = sentence.tokens[i + 1] if i + 1 < len(sentence.tokens) else None
     if word and after.text[0].isupper():
         return after.lower not in table("gender").forms

@@ -17,7 +17,7 @@ OPPOSITE = {"stereotype": "anti_stereotype", "anti_stereotype": "stereotype"}
 KEPT = ("group", "bias_type", "polarity", "pair_id", "source", "source_id", "prompt", "completion")
 
 
-class Counterfactual:
+class Counterfactuals:
     """Yields a pair for each row whose groups can be exchanged: the row, then its counterfactual; rejects the others.
 
     A row's `bias_type` decides which words are swapped. A row without one (or with `other`) gives a pair for every

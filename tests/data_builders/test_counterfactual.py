@@ -1,11 +1,13 @@
 import re
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from biasunlearn_trainer.data_builders.counterfactual import BIAS_TYPES, REASONS, swap
 from biasunlearn_trainer.data_builders.counterfactual.__main__ import main
 from biasunlearn_trainer.data_builders.counterfactual.swap import apply
+from biasunlearn_trainer.data_builders.counterfactual.words import table
 from biasunlearn_trainer.data_builders.sources import bbq, crows_pairs, stereoset
 
 # Written before the code, with the counterfactual by hand: bias type, target group (or none), sentence, expected.
@@ -144,6 +146,26 @@ class TestSwap:
     def test_odd_texts_end(self, text):
         result = swap(text, "gender")
         assert result.reason in REASONS or swap(result.text, "gender").text == text
+
+
+@pytest.mark.parametrize("bias_type", BIAS_TYPES)
+def test_any_order_of_words_ends_and_comes_back(bias_type):
+    """Words of the table, of the grammar's classes, names, numbers and marks, drawn with a seed, some in capitals."""
+    random = Random(bias_type)
+    words = sorted(table(bias_type).forms) * 3 + sorted(table("gender").forms)[::7]
+    words += ["her", "his", "a", "an", "the", "is", "5", "said", "young", "Kacey", "of", "to", "very", "people", "and"]
+    marks = [" "] * 12 + [", ", ". ", "'s ", "' ", ' "', '" ', "-", "\n", "? ", "/", " 3 ", "", "\u2019s "]
+    accepted = 0
+    for _ in range(600):
+        drawn = (random.choice(words) for _ in range(random.randint(1, 9)))
+        text = "".join(random.choice((str, str, str.capitalize, str.upper))(w) + random.choice(marks) for w in drawn)
+        result = swap(text, bias_type)
+        if result.text is None:
+            assert result.reason in REASONS
+        else:
+            accepted += 1
+            assert swap(result.text, bias_type, result.groups[0]).text == text
+    assert accepted
 
 
 class TestCommand:

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from biasunlearn_trainer.data_builders.counterfactual import Counterfactual, words_version
+from biasunlearn_trainer.data_builders.counterfactual import Counterfactuals, words_version
 from biasunlearn_trainer.data_builders.counterfactual.stage import POLARITIES
 from biasunlearn_trainer.data_builders.schema import POLARITIES as OF_SCHEMA
 from biasunlearn_trainer.data_builders.schema import Faults, check_rows
@@ -20,7 +20,7 @@ def row(completion, prompt="", **columns):
 
 
 def run(rows, tmp_path, *, rejects=None, **options):
-    return list(run_stages(rows, [Counterfactual(**options)], tmp_path, ([] if rejects is None else rejects).append))
+    return list(run_stages(rows, [Counterfactuals(**options)], tmp_path, ([] if rejects is None else rejects).append))
 
 
 class TestPairs:
@@ -113,13 +113,13 @@ class TestRejects:
 
     def test_options_are_checked(self):
         with pytest.raises(ValueError, match="No word pairs for bias type 'genre'"):
-            Counterfactual(["genre"])
+            Counterfactuals(["genre"])
         with pytest.raises(ValueError, match="gender has no group 'jedi'"):
-            Counterfactual(["gender"], to="jedi")
+            Counterfactuals(["gender"], to="jedi")
         with pytest.raises(ValueError, match="group of one bias type"):
-            Counterfactual(to="muslim")
+            Counterfactuals(to="muslim")
         with pytest.raises(ValueError, match="unknown polarity 'bad'"):
-            Counterfactual(polarity="bad")
+            Counterfactuals(polarity="bad")
 
 
 class TestBalance:
@@ -130,7 +130,7 @@ class TestBalance:
         assert counts == {"christian": 10, "jewish": 10, "hindu": 10, "buddhist": 10, "sikh": 10}
 
     def test_two_groups_are_balanced_however_the_rows_are(self, tmp_path):
-        stage = Counterfactual()
+        stage = Counterfactuals()
         list(run_stages([row("She left.")] * 9 + [row("He left.")], [stage], tmp_path, lambda reject: None))
         assert stage.counts == {("gender", "female"): 10, ("gender", "male"): 10}
 
@@ -139,7 +139,7 @@ class TestBalance:
         assert [r["completion"] for r in rows[1::2]] == ["A Sikh person left."] * 3
 
     def test_a_second_run_gives_the_same(self, tmp_path):
-        stage, given = Counterfactual(), [row("A Muslim left."), row("A Hindu person left."), row("She left.")]
+        stage, given = Counterfactuals(), [row("A Muslim left."), row("A Hindu person left."), row("She left.")]
         assert list(stage.run(given)) == list(stage.run(given))
 
 
@@ -147,14 +147,14 @@ class TestSize:
     def test_rows_are_yielded_as_they_come(self):
         taken = []
         rows = (taken.append(n) or row("She left.") for n in range(100))
-        next(Counterfactual(["gender"]).run(rows))
+        next(Counterfactuals(["gender"]).run(rows))
         assert taken == [0]
 
     def test_memory_does_not_grow_with_the_rows(self):
         def peak(num_rows):
             rows = (row(f"She left her house {n} times.", bias_type="gender") for n in range(num_rows))
             tracemalloc.start()
-            for _ in Counterfactual().run(rows):
+            for _ in Counterfactuals().run(rows):
                 pass
             _, most = tracemalloc.get_traced_memory()
             tracemalloc.stop()
@@ -168,7 +168,7 @@ class TestSize:
         texts = ("The old Muslim woman lost her keys.", "He called her fat.", "An American man met his aunt in May.")
         rows = (row(f"{texts[n % 3]} Case {n}.") for n in range(100_000))
         start = time.perf_counter()
-        out = run_stages(rows, [Counterfactual()], tmp_path, lambda reject: None)
+        out = run_stages(rows, [Counterfactuals()], tmp_path, lambda reject: None)
         faults = Faults("rows")
         assert check_rows(((f"row {i}", r) for i, r in enumerate(out, 1)), faults) > 100_000 and not faults.count
         assert time.perf_counter() - start < 60
@@ -176,7 +176,7 @@ class TestSize:
 
 
 def test_settings_are_json_and_name_the_words():
-    assert json.loads(json.dumps(Counterfactual().settings))["words"] == words_version()
+    assert json.loads(json.dumps(Counterfactuals().settings))["words"] == words_version()
 
 
 def test_the_command_runs_from_a_shell():
