@@ -233,6 +233,7 @@ SOURCES: dict[str, Source] = {
 STAGES = {
     "counterfactual": "biasunlearn_trainer.data_builders.counterfactual:Counterfactuals",
     "caption_prompts": "biasunlearn_trainer.data_builders.prompt_templates:CaptionPrompts",
+    "debias_benchmark": "biasunlearn_trainer.data_builders.debias_benchmark:DebiasBenchmark",
     "rephrase_text": "biasunlearn_trainer.data_builders.rephrase_text:RephraseText",
     "rephrase_image": "biasunlearn_trainer.data_builders.rephrase_image:RephraseImage",
 }

@@ -190,6 +190,41 @@ class Scorer:
         logps = output.logits[last].float().log_softmax(-1).cpu()
         return [row_logps[row["last_ids"]].tolist() for row_logps, row in zip(logps, rows, strict=True)]
 
+    def top_choices(
+        self, rows: Sequence[Row], k: int, desc: str | None = None, append_eos: bool | None = None
+    ) -> list[list[tuple[tuple[int, ...], tuple[float, ...]]]]:
+        """The model's likeliest words along the completion of every row.
+
+        Args:
+            rows: as for `score`.
+            k: how many words of each distribution; all of a smaller vocabulary.
+            desc: title of a progress bar on the main process; None shows none.
+            append_eos: overrides the scorer's own setting.
+
+        Returns:
+            For every row, of each token of its completion, the ids of the k likeliest words and their log p in nats,
+            the likeliest first.
+
+        Raises:
+            ValueError: where the model gives NaN log-probabilities.
+        """
+        collator = CompletionCollator(
+            self.processing_class, append_eos=self.append_eos if append_eos is None else append_eos
+        )
+        found = self._over_batches(rows, lambda batch: self._top_batch(collator(batch), k), desc)
+        broken = [i for i, tokens in enumerate(found) if any(math.isnan(p) for _, logps in tokens for p in logps)]
+        if broken:
+            raise _not_finite(len(broken), len(rows), broken[0], rows[broken[0]]["completion"])
+        return found
+
+    def _top_batch(self, batch: dict[str, Tensor], k: int) -> list[list[tuple[tuple[int, ...], tuple[float, ...]]]]:
+        output = forward_completions(self.model, self._on_device(batch))
+        logps = output.logits.float().log_softmax(-1)
+        top = logps.topk(min(k, logps.shape[-1]))
+        tokens = [(tuple(i), tuple(p)) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        ends = output.mask.sum(1).cumsum(0).tolist()
+        return [tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
     def generate(self, rows: Sequence[Row], max_new_tokens: int = 16, desc: str | None = None) -> list[str]:
         """Answer every row's prompt by greedy decoding.
 

@@ -15,6 +15,7 @@ from biasunlearn_trainer.eval.metrics.intervals import (
     stretch,
     wilson_interval,
 )
+from biasunlearn_trainer.eval.metrics.locality import Choices, locality_scores
 from biasunlearn_trainer.eval.metrics.stereoset import STEREOSET_METRICS, icat, stereoset_scores, term_scores
 from biasunlearn_trainer.eval.metrics.tofu import (
     forget_quality,
@@ -30,6 +31,7 @@ __all__ = [
     "NUM_RESAMPLES",
     "STEREOSET_METRICS",
     "Z95",
+    "Choices",
     "Statistic",
     "bbq_scores",
     "behaviour_scores",
@@ -40,6 +42,7 @@ __all__ = [
     "forget_quality",
     "icat",
     "is_chosen",
+    "locality_scores",
     "mean_score",
     "model_utility",
     "paired_difference",

@@ -39,6 +39,8 @@ TASKS: dict[str, tuple[str, str]] = {
     "image_bbq": ("biasunlearn_trainer.eval.tasks.sb_bench", "ImageBBQTask"),
     "image_bbq_letters": ("biasunlearn_trainer.eval.tasks.sb_bench", "ImageBBQLettersTask"),
     "pairs": ("biasunlearn_trainer.eval.tasks.pairs", "PairsTask"),
+    "debias_ic": ("biasunlearn_trainer.eval.tasks.debias", "DebiasICTask"),
+    "debias_vqa": ("biasunlearn_trainer.eval.tasks.debias", "DebiasVQATask"),
     "forget_set": ("biasunlearn_trainer.eval.tasks.training_sets", "ForgetSetTask"),
     "retain_set": ("biasunlearn_trainer.eval.tasks.training_sets", "RetainSetTask"),
 }
