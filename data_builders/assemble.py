@@ -240,5 +240,11 @@ def disk_error(err: OSError, recipe: BuildRecipe) -> BuildError:
 
 def reject_line(reject: Reject) -> str:
     """One line of rejects.jsonl."""
-    line = {"stage": reject.stage, "reason": reject.reason, "detail": reject.detail, "row": reject.row}
+    row = reject.row
+    if row.get("images"):
+        row = {
+            **row,
+            "images": [os.path.basename(image) if isinstance(image, str) else None for image in row["images"]],
+        }
+    line = {"stage": reject.stage, "reason": reject.reason, "detail": reject.detail, "row": row}
     return json.dumps(line, ensure_ascii=False) + "\n"

@@ -226,7 +226,9 @@ def _record(recipe: BuildRecipe, report: BuildReport) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
     stages = [{"stage": stage.name, **stage.settings} for stage in recipe.stages]
     settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name not in ("stages", "file")}
-    settings["sources"] = [dataclasses.asdict(spec) for spec in recipe.sources]
+    # The record is passed on with the set: names of files, no folders of this machine.
+    settings = {key: value for key, value in settings.items() if key not in ("output_dir", "cache_dir")}
+    settings["sources"] = [{**dataclasses.asdict(spec), "path": Path(spec.path).name} for spec in recipe.sources]
     settings["splits"] = {name: dataclasses.asdict(split) for name, split in recipe.splits.items()}
     return {"report": dataclasses.asdict(report), "recipe": {**settings, "stages": stages}, "versions": versions}
 

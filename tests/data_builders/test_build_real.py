@@ -67,7 +67,7 @@ def test_pictures_are_in_the_set_and_no_path_of_this_machine(built_set, data_dir
     assert str(data_dir).encode() not in (folder / "data/forget.parquet").read_bytes()
 
 
-def run_recipe(tmp_path, model, folder, task, **settings):
+def run_recipe(tmp_path, model, folder, task):
     from biasunlearn_trainer.runner.run import main
 
     out = tmp_path / "run"
@@ -75,23 +75,31 @@ def run_recipe(tmp_path, model, folder, task, **settings):
     words += ["--forget_dataset", str(folder / "data/forget.parquet")]
     words += ["--retain_dataset", str(folder / "data/retain.parquet"), "--output_dir", str(out), "--max_steps", "2"]
     words += ["--per_device_train_batch_size", "2", "--save_strategy", "no", "--tasks", task, "--append_eos", "false"]
-    words += ["--report_to", "none", *settings.get("more", ())]
+    words += ["--report_to", "none"]
     assert main(words) == 0
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_stereoset_trains_and_is_evaluated(built_set, tmp_path, tiny_llama):
     folder, _ = built_set("stereoset")
     results = run_recipe(tmp_path, tiny_llama, folder, f"stereoset@report={folder / 'data/report.json'}")
     assert "stereoset@report" in json.dumps(results)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "model"), [("crows_pairs", "tiny_llama"), ("bbq", "tiny_llama"), ("pairs", "tiny_llava")]
+    ("name", "model"),
+    [
+        ("crows_pairs", "tiny_llama"),
+        pytest.param("bbq", "tiny_llama", marks=pytest.mark.slow),
+        pytest.param("pairs", "tiny_llava", marks=pytest.mark.slow),
+    ],
 )
-def test_the_others_train_and_are_evaluated(built_set, tmp_path, request, name, model):
-    folder, _ = built_set(name)
-    model = request.getfixturevalue(model)
-    results = run_recipe(tmp_path, model, folder, f"planted@report={folder / 'data/report.parquet'}")
+def test_the_others_train_and_are_evaluated(data_dir, tmp_path, request, monkeypatch, name, model):
+    monkeypatch.setenv("BIASUNLEARN_DATA", str(data_dir))
+    limits = [word for split in ("forget", "retain", "report") for word in (f"--splits.{split}.limit", "12")]
+    words = ["--output_dir", str(tmp_path / "set"), *limits]
+    build(read_build_recipe(ROOT / "recipes/data" / f"{name}.yaml", words), show_progress=False)
+    task = f"planted@report={tmp_path / 'set/data/report.parquet'}"
+    results = run_recipe(tmp_path, request.getfixturevalue(model), tmp_path / "set", task)
     assert "reliability" in json.dumps(results)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from biasunlearn_trainer.data_builders.prompt_templates import CaptionPrompts, read_templates
-from biasunlearn_trainer.data_builders.rephrase_checks import demographic_terms, fault_of
+from biasunlearn_trainer.data_builders.rephrase_checks import MeaningCheck, demographic_terms, fault_of
 from biasunlearn_trainer.data_builders.rephrase_text import RephraseText
 from biasunlearn_trainer.data_builders.stages import StageError, run_stages
 
@@ -277,3 +277,48 @@ def test_a_local_model_and_the_same_model_behind_a_server_agree(tmp_path, tiny_l
         remote = run(RephraseText(str(tiny_llama), server.url, concurrency=1), ROWS[:4], tmp_path / "remote")
     assert len(_answers(*local)) == 4
     assert _answers(*local) == _answers(*alone) == _answers(*remote)
+
+
+def test_the_meaning_is_compared_by_sentence_embeddings(tmp_path):
+    """A random encoder of the real library: equal texts are at 1, others lower, and the threshold decides."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed: it is optional")
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "who",
+        "was",
+        "late",
+        "?",
+        "nurse",
+        "so",
+        "tell",
+        ":",
+        "on",
+        "day",
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocab), **shape)).save_pretrained(tmp_path)
+    check = MeaningCheck(str(tmp_path), 0.9)
+    assert check.similarity("who was late ?", "who was late ?") == pytest.approx(1, abs=1e-5)
+    far = check.similarity("who was late ?", "nurse nurse nurse on on")
+    assert far < 0.9
+    assert check.fault_of("who was late ?", "nurse nurse nurse on on")[0] == "another meaning"
+    with chat.ChatServer() as server:
+        for least, num_kept in ((far - 1, 1), (0.99999, 0)):
+            stage = RephraseText("m", server.url, meaning_model=str(tmp_path), min_similarity=max(least, -1))
+            assert len(run(stage, [row("who was late ?")], tmp_path / "store")[0]) == num_kept
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentence_transformers") is not None, reason="it is installed")
+def test_a_missing_sentence_transformers_is_said():
+    with pytest.raises(ImportError, match=r"pip install 'biasunlearn_trainer\[generate\]'"):
+        RephraseText("m", "http://localhost/v1", meaning_model="x")
