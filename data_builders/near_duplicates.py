@@ -2,8 +2,8 @@
 
 Two texts are as similar as the share of word pairs that they have in common (Jaccard similarity of their sets of word
 bigrams; case and punctuation aside). Candidates are found by MinHash in bands, then compared exactly, so that nothing
-below the threshold is named; of pairs at 0.9 the bands miss 1 in 5,000. Pictures are near where their difference hashes
-are (at most 4 of 64 bits).
+below the threshold is named; of pairs at 0.9 the bands miss 1 in 5,000 and the signatures 1 in 1,000. Pictures are
+near where their difference hashes are (at most 4 of 64 bits).
 """
 
 import io
@@ -20,6 +20,8 @@ import PIL.Image
 from biasunlearn_trainer.data_builders.images import image_bytes, image_key
 
 NUM_BANDS, ROWS_PER_BAND = 8, 4
+# Of 32 minima at similarity 0.9 the share that agrees has a standard deviation of 0.05: four of them.
+SIGNATURE_MARGIN = 0.2
 MAX_DIFFERENT_BITS = 4
 _PRIME = (1 << 61) - 1
 _WORDS = re.compile(r"\w+")
@@ -87,29 +89,43 @@ class NearDuplicates:
         self._buckets: dict[tuple[int, bytes], list[int]] = {}
         self._rows: list[tuple[np.ndarray, list]] = []
         self._hashes: dict[Any, int] = {}
+        signatures = []
         for number, row in enumerate(rows):
             words = shingles(row_text(row))
             self._rows.append((words, row.get("images") or []))
-            for key in self._bands(words):
+            signatures.append(self._signature(words))
+            for key in _bands(signatures[-1]):
                 self._buckets.setdefault(key, []).append(number)
+        self._signatures = np.array(signatures)
+        self._sizes = np.array([words.size for words, _ in self._rows])
 
-    def _bands(self, words: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    def _signature(self, words: np.ndarray) -> np.ndarray:
         mixed = words[:, None].astype(np.uint64) * self._factors + self._offsets
-        smallest = (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
-        for band in range(NUM_BANDS):
-            yield band, smallest[band * ROWS_PER_BAND : (band + 1) * ROWS_PER_BAND].tobytes()
+        return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
 
     def nearest(self, row: Mapping[str, Any], number: int = 0) -> NearDuplicate | None:
         """The most similar row at or above the threshold whose pictures are near too, or None."""
         words, images = shingles(row_text(row)), row.get("images") or []
-        candidates = {other for key in self._bands(words) for other in self._buckets.get(key, ())}
-        found = [(similarity(words, self._rows[other][0]), -other) for other in candidates]
+        found = [(similarity(words, self._rows[other][0]), -other) for other in self._candidates(words)]
         for value, other in sorted(found, reverse=True):
             if value < self.threshold:
                 return None
             if self._are_near(images, self._rows[-other][1]):
                 return NearDuplicate(number, -other, value)
         return None
+
+    def _candidates(self, words: np.ndarray) -> list[int]:
+        """The rows that share a band, without those whose size or signature says that they are too far."""
+        signature = self._signature(words)
+        shared = {other for key in _bands(signature) for other in self._buckets.get(key, ())}
+        if not shared:
+            return []
+        others = np.fromiter(shared, dtype=np.int64, count=len(shared))
+        sizes = self._sizes[others]
+        near_in_size = np.minimum(sizes, words.size) >= self.threshold * np.maximum(sizes, words.size)
+        others = others[near_in_size]
+        agreement = (self._signatures[others] == signature).mean(axis=1)
+        return others[agreement >= self.threshold - SIGNATURE_MARGIN].tolist()
 
     def _are_near(self, first: list, second: list) -> bool:
         if len(first) != len(second):
@@ -124,6 +140,11 @@ class NearDuplicates:
         if key not in self._hashes:
             self._hashes[key] = difference_hash(PIL.Image.open(io.BytesIO(image_bytes(image))))
         return self._hashes[key]
+
+
+def _bands(signature: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    for band in range(NUM_BANDS):
+        yield band, signature[band * ROWS_PER_BAND : (band + 1) * ROWS_PER_BAND].tobytes()
 
 
 def difference_hash(picture: PIL.Image.Image) -> int:
