@@ -32,6 +32,7 @@ IMMATERIAL = (
 IMMATERIAL_PREFIXES = ("save_", "logging_", "log_", "hub_")
 """Keys that change no figure: a finished cell stays finished whatever they are."""
 FILLED_BY_TESTBED = ("model_name_or_path", "oracle_model", "tasks")
+TESTBED_PREFIX = "testbed:"
 PLACED_BY_TESTBED = ("tasks", "probes", "bias_probe")
 
 
@@ -102,6 +103,8 @@ def _changes(cell: Cell) -> list[str]:
         if "testbed" in asked and key not in asked and (key in FILLED_BY_TESTBED or key.endswith("_dataset")):
             continue
         old, new = had.get(key, _default(cell, key)), asked.get(key, _default(cell, key))
+        if str(new).startswith(TESTBED_PREFIX) and Path(str(old)).name == str(new).removeprefix(TESTBED_PREFIX):
+            continue  # the run says where the testbed's set of this name lies
         if "testbed" in asked and key in PLACED_BY_TESTBED:
             old, new = _names_of(old), _names_of(new)
         if old != new:

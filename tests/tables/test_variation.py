@@ -11,6 +11,7 @@ import pytest
 from biasunlearn_trainer.eval.matched import Point
 from biasunlearn_trainer.recipe import RecipeError
 from biasunlearn_trainer.tables import parse_table, run_table
+from biasunlearn_trainer.tables.cells import status_of
 from biasunlearn_trainer.tables.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,3 +102,18 @@ def test_forked_cells_give_what_launched_ones_give(table_file, in_process, tmp_p
 def test_forking_and_launching_are_two_ways(table_file, capsys):
     assert main([str(table_file()), "--fork", "--launcher", "--num_processes 1"]) == 2
     assert "Give one of the two" in capsys.readouterr().err
+
+
+def test_what_a_testbed_placed_is_no_change(table_file, tmp_path):
+    """A run's recipe names the paths of the testbed's sets and tasks; the table names the sets."""
+    rows = {"full": {"testbed": "entities", "retain_dataset": "testbed:preserve", "probes": ["entities@report"]}}
+    (cell,) = parse_table(table_file(rows=rows, seeds=[1])).cells
+    said = cell.recipe.to_yaml().replace("testbed:preserve", "/cache/splits/forget10_0/preserve")
+    said = said.replace("entities@report", "entities@report=/cache/splits/forget10_0/report")
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "recipe.resolved.yaml").write_text(said)
+    (cell.folder / "checkpoint-2").mkdir()
+    (cell.folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert str(status_of(cell)) == "interrupted (checkpoint-2)"
+    (cell.folder / "recipe.resolved.yaml").write_text(said.replace("/preserve", "/retain"))
+    assert "`retain_dataset` was /cache/splits/forget10_0/retain, now testbed:preserve" in str(status_of(cell))
