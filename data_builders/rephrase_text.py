@@ -120,6 +120,7 @@ class RephraseText:
 
     def do(self, rows: list[dict]) -> list[Outcome]:
         """Asks, and checks what comes back."""
+        self._stop_if_given_up("as before")
         texts = [self._core(row) for row in rows]
         asked = [self._templates.fill(int(self.key(row), 16), text) for row, text in zip(rows, texts, strict=True)]
         try:
@@ -136,11 +137,15 @@ class RephraseText:
     def _count_failure(self, err: NoAnswer) -> None:
         with self._lock:
             self._failures += 1
-            if self._failures >= MAX_FAILURES:
-                raise StageError(
-                    f"the server gave no answer {self._failures} times in a row, each after all retries (last: {err}). "
-                    "What was answered is stored; run the same command again when it is back."
-                ) from None
+        self._stop_if_given_up(str(err))
+
+    def _stop_if_given_up(self, last: str) -> None:
+        """Stops every thread: those that come later do not ask any more."""
+        if self._failures >= MAX_FAILURES:
+            raise StageError(
+                f"the server gave no answer {MAX_FAILURES} times in a row, each after all retries (last: {last}). "
+                "What was answered is stored; run the same command again when it is back."
+            ) from None
 
     def _core(self, row: dict) -> str:
         text = text_of(row[self._column])
