@@ -1,6 +1,7 @@
 """From rows that came through the stages to a written set: splits, checks between them, Parquet, card."""
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -54,10 +55,11 @@ class Assembly:
     def __init__(self, recipe: BuildRecipe, spool: RowSpool, folder: Path, on_reject, report: BuildReport):
         self.recipe, self.spool, self.folder, self.report = recipe, spool, folder, report
         self.on_reject = on_reject
-        self.files = {name: f"{DATA_FOLDER}/{name}.parquet" for name in recipe.splits}
         self.part_of = self._parts()
+        self.recipe = dataclasses.replace(recipe, splits=self._splits())
+        self.files = {name: f"{DATA_FOLDER}/{name}.parquet" for name in self.recipe.splits}
         self.has_images = any(row.get("images") for row in spool)
-        self.dropped: dict[str, dict[int, tuple[str, str]]] = {name: {} for name in recipe.splits}
+        self.dropped: dict[str, dict[int, tuple[str, str]]] = {name: {} for name in self.recipe.splits}
 
     def _parts(self) -> dict[str, str]:
         sizes: Counter[str] = Counter()
@@ -68,6 +70,11 @@ class Assembly:
             bias_type = str(row.get("bias_type"))
             strata[row["part_group"]] = min(bias_type, strata.get(row["part_group"], bias_type))
         return deal_groups(sizes, strata, self.recipe.parts, self.recipe.seed)
+
+    def _splits(self) -> dict[str, SplitSpec]:
+        """Those that are not optional, and those that have rows."""
+        splits = self.recipe.splits.items()
+        return {name: split for name, split in splits if not split.optional or any(True for _ in self._chosen(split))}
 
     def rows(self, name: str) -> Iterator[dict]:
         """The rows of a split, without those that a check dropped."""

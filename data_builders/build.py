@@ -182,7 +182,7 @@ def _build(
     report = BuildReport(recipe.name, recipe.description, recipe.seed)
     report.sources = [_source_report(spec, counts.sources[number]) for number, spec in enumerate(recipe.sources)]
     report.stages = [
-        {"name": stage.name, "settings": dict(stage.settings), "rows_in": passed[0], "rows_out": passed[1]}
+        {"name": stage.name, "settings": _settings(stage), "rows_in": passed[0], "rows_out": passed[1]}
         for stage, passed in ((s, counts.stages.get(n, [0, 0])) for n, s in enumerate(recipe.stages))
     ]
     assembly = Assembly(recipe, spool, partial, counts.reject, report)
@@ -219,12 +219,18 @@ def _source_report(spec: SourceSpec, num_rows: int) -> dict[str, Any]:
     }
 
 
+def _settings(stage: Stage) -> dict[str, Any]:
+    """A stage's settings, and to which rows it was confined."""
+    where = getattr(stage, "where", None)
+    return {**stage.settings, **({"where": where} if where else {})}
+
+
 def _record(recipe: BuildRecipe, report: BuildReport) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "biasunlearn_trainer": __version__}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    stages = [{"stage": stage.name, **stage.settings} for stage in recipe.stages]
+    stages = [{"stage": stage.name, **_settings(stage)} for stage in recipe.stages]
     settings = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name not in ("stages", "file")}
     # The record is passed on with the set: names of files, no folders of this machine.
     settings = {key: value for key, value in settings.items() if key not in ("output_dir", "cache_dir")}

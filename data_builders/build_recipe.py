@@ -18,6 +18,7 @@ On the command line a key is reached by dots: `--seed 1 --sources.0.path pairs.j
 
 import dataclasses
 import difflib
+import logging
 import os
 import re
 import typing
@@ -28,7 +29,12 @@ from typing import Any, Literal
 from biasunlearn_trainer.data_builders.build_values import Node, Reader, describe_signature, read_node
 from biasunlearn_trainer.data_builders.catalogue import SOURCES, STAGES, stage_class
 from biasunlearn_trainer.data_builders.images import nearest_files
-from biasunlearn_trainer.data_builders.stages import Stage
+from biasunlearn_trainer.data_builders.stages import ItemStage, Stage
+
+logger = logging.getLogger(__name__)
+
+FOUND = ("file", "left_out")
+"""Fields of a recipe that are found when it is read, and no keys of its own."""
 
 
 class BuildRecipeError(ValueError):
@@ -49,6 +55,7 @@ class SourceSpec:
         path: a file, a folder or a Hub id; `${NAME}` stands for an environment variable.
         licence: of the rows, where the catalogue does not know it.
         limit: how many rows to take at most, from the start; none: all.
+        optional: build without it where there is nothing at its path.
         options: what the reader takes besides.
     """
 
@@ -56,6 +63,7 @@ class SourceSpec:
     path: str
     licence: str | None = None
     limit: int | None = None
+    optional: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -68,6 +76,7 @@ class SplitSpec:
         where: column and value, or values, that a row must have.
         limit: how many rows at most, drawn by the seed; none: all.
         kind: `report` or `probe` where rows must not be trained on, else `train`. By default told from the name.
+        optional: leave it out where no row belongs to it.
         write_as: a benchmark's own format to write beside the Parquet file (stereoset_json), for its task.
     """
 
@@ -75,6 +84,7 @@ class SplitSpec:
     where: dict[str, Any] = dataclasses.field(default_factory=dict)
     limit: int | None = None
     kind: Literal["train", "report", "probe"] | None = None
+    optional: bool = False
     write_as: Literal["stereoset_json"] | None = None
 
 
@@ -98,6 +108,7 @@ class BuildRecipe:
         on_near_duplicate: the same for rows that are nearly the same; drop takes them out of the training split.
         near_duplicate_similarity: from which share of common word pairs (Jaccard) two rows are nearly the same.
         hub_private: whether `--push_to_hub` makes a private repository.
+        left_out: optional sources that are not there.
     """
 
     name: str
@@ -115,6 +126,7 @@ class BuildRecipe:
     on_near_duplicate: Literal["raise", "warn", "drop"] = "warn"
     near_duplicate_similarity: float = 0.9
     hub_private: bool = True
+    left_out: list[str] = dataclasses.field(default_factory=list)
     file: Path | None = None
 
 
@@ -143,12 +155,18 @@ def read_build_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BuildR
 
 def _recipe(root: Node, reader: Reader) -> BuildRecipe | None:
     hints = typing.get_type_hints(BuildRecipe)
-    plain = {field.name: hints[field.name] for field in dataclasses.fields(BuildRecipe) if field.name != "file"}
+    plain = {field.name: hints[field.name] for field in dataclasses.fields(BuildRecipe) if field.name not in FOUND}
     nested = {"sources": _sources, "splits": _splits, "stages": _stages}
     values = reader.mapping(root, plain, required=("name", "sources", "splits"), special=nested)
     if values is None or not {"name", "sources", "splits"} <= set(values):
         return None
     recipe = BuildRecipe(**values)
+    recipe.left_out = [spec.source for spec in recipe.sources if spec.path is None]
+    recipe.sources = [spec for spec in recipe.sources if spec.path is not None]
+    if recipe.left_out:
+        absent = f"Sources that were not there: {', '.join(recipe.left_out)}."
+        logger.warning("%s: %s", reader.source, absent)
+        recipe.description = f"{recipe.description} {absent}".strip()
     _check_whole(recipe, root, reader)
     return recipe
 
@@ -161,12 +179,12 @@ def _source(node: Node, reader: Reader) -> SourceSpec | None:
     name = reader.choice(node, "source", SOURCES)
     if name is None:
         return None
-    own = {"source": str, "path": str, "licence": str | None, "limit": int | None}
+    own = {"source": str, "path": str, "licence": str | None, "limit": int | None, "optional": bool}
     options = describe_signature(SOURCES[name].read, skip=("path",))
     values = reader.mapping(node, own | options.hints, required=("path", *options.required))
     if values is None or "path" not in values:
         return None
-    values["path"] = _expanded(values["path"], node["path"], reader)
+    values["path"] = _expanded(values["path"], node["path"], reader, bool(values.get("optional")))
     if values.get("limit") is not None and values["limit"] < 1:
         reader.fault(node["limit"], f"`limit` must be 1 or more, got {values['limit']}")
     return SourceSpec(
@@ -175,8 +193,11 @@ def _source(node: Node, reader: Reader) -> SourceSpec | None:
     )
 
 
-def _expanded(path: str, node: Node, reader: Reader) -> str:
+def _expanded(path: str, node: Node, reader: Reader, optional: bool) -> str | None:
+    """The path with its variables filled in; None where there is nothing and that is no fault."""
     missing = [name for name in re.findall(r"\$\{(\w+)\}", path) if name not in os.environ]
+    if missing and optional:
+        return None
     if missing:
         reader.fault(
             node, f"`path` needs the environment variable {missing[0]}, which is not set: export it, or write the path"
@@ -185,6 +206,8 @@ def _expanded(path: str, node: Node, reader: Reader) -> str:
     path = os.path.expanduser(os.path.expandvars(path))
     # `owner/name` may be a set of the Hub, which is looked for when it is read.
     is_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}", path) and not os.path.exists(path.split("/")[0])
+    if not os.path.exists(path) and not is_hub and optional:
+        return None
     if not os.path.exists(path) and not is_hub:
         near = nearest_files(path)
         hint = f"; nearest there: {', '.join(near)}" if near else ""
@@ -202,10 +225,16 @@ def _stage(node: Node, reader: Reader) -> Stage | None:
         return None
     make = stage_class(name)
     signature = describe_signature(make)
-    values = reader.mapping(node, {"stage": str} | signature.hints, required=signature.required)
+    own = {"stage": str, "where": dict[str, Any]}
+    values = reader.mapping(node, own | signature.hints, required=signature.required)
     if values is None or not set(signature.required) <= set(values):
         return None
-    return _made(make, {key: value for key, value in values.items() if key != "stage"}, node, reader)
+    stage = _made(make, {key: value for key, value in values.items() if key not in own}, node, reader)
+    if stage is not None and values.get("where"):
+        if not isinstance(stage, ItemStage):
+            reader.fault(node["where"], f"`where` belongs to a stage that asks for each row; {name} sees all rows")
+        stage.where = values["where"]
+    return stage
 
 
 def _made(make: Callable[..., Stage], values: dict[str, Any], node: Node, reader: Reader) -> Stage | None:
@@ -250,6 +279,7 @@ def _check_whole(recipe: BuildRecipe, root: Node, reader: Reader) -> None:
         fault = f"`near_duplicate_similarity` must be above 0 and at most 1, got {recipe.near_duplicate_similarity}"
         reader.fault(root["near_duplicate_similarity"], fault)
     if not recipe.sources and not reader.faults:
-        reader.fault(root["sources"], "`sources` is empty; name at least one")
+        absent = f"; none of those that it names is there: {', '.join(recipe.left_out)}" if recipe.left_out else ""
+        reader.fault(root["sources"], f"`sources` is empty; name at least one{absent}")
     if not recipe.splits and not reader.faults:
         reader.fault(root["splits"], "`splits` is empty; name at least one")

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from biasunlearn_trainer.data_builders.parts import has_values
 from biasunlearn_trainer.data_builders.store import Store, digest
 
 WINDOW = 4
@@ -110,6 +111,7 @@ class ItemStage(Protocol):
     `concurrency` (default 1): threads that call `do` at the same time.
     `folder`: where it is there, the engine sets it to a folder of the stage's own (pictures), before the first row.
     `keep_rows` (default False): every row goes on as it came, too, before what became of it.
+    `where` (default empty): column and value, or values; a row without them goes on as it came and is not asked.
     `close()`: called when the rows are through, or the build stops.
     """
 
@@ -199,8 +201,8 @@ class _Items:
     def __init__(self, stage: ItemStage, store: Store, on_item: Callable[[Stage, bool], None]):
         self.stage, self.store, self.on_item = stage, store, on_item
         self.batch_size, self.concurrency = getattr(stage, "batch_size", 1), getattr(stage, "concurrency", 1)
-        # Of each row under way its key, and whether it was asked for before.
-        self.rows: deque[tuple[dict, str, bool]] = deque()
+        # Of each row under way its key (None where it only passes), and whether it was asked for before.
+        self.rows: deque[tuple[dict, str | None, bool]] = deque()
         self.futures: dict[str, Future] = {}
         self.waiting: dict[str, dict] = {}
 
@@ -218,6 +220,9 @@ class _Items:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _take(self, row: dict, pool: ThreadPoolExecutor) -> None:
+        if not has_values(row, getattr(self.stage, "where", {})):
+            self.rows.append((row, None, False))
+            return
         key = self.stage.key(row)
         was_stored = key in self.store or key in self.futures or key in self.waiting
         self.rows.append((row, key, was_stored))
@@ -243,6 +248,9 @@ class _Items:
 
     def _next(self, pool: ThreadPoolExecutor) -> Iterator[dict | Reject]:
         row, key, was_stored = self.rows.popleft()
+        if key is None:
+            yield row
+            return
         if key in self.waiting:
             self._ask(pool)
         failed = self.futures[key].result() if key in self.futures else {}

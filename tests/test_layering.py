@@ -69,6 +69,7 @@ OURS = {
     "eval.matched": ("eval.metrics",),
     "eval.runs": ("eval.matched", "eval.schema"),
     "eval.matched_command": ("eval.matched", "eval.runs", "eval.report.tradeoff"),
+    "eval.cross_bias": ("eval.schema", "eval.report.cross_bias"),
     "eval.scoring": ("models", "collators", "completions", "eval.scoring"),
     "eval.tasks": ("models", "collators", "completions", "eval", "data_builders"),
     "eval.report": (
@@ -77,6 +78,7 @@ OURS = {
         "eval.compare",
         "eval.findings",
         "eval.generalisation",
+        "eval.cross_bias",
         "eval.matched",
         "eval.report",
         "version",
@@ -84,6 +86,7 @@ OURS = {
     "eval.run": ("models", "collators", "eval", "version"),
     "eval": ("eval",),
     "probes": ("eval", "models"),
+    "model_filter": ("data_builders", "eval", "models"),
     "guidance": ("cache", "models", "fingerprints", "eval", "data_builders", "guidance"),
     "recipe": None,
     "runner": None,
