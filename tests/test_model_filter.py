@@ -9,6 +9,7 @@ from datasets import load_dataset
 from biasunlearn_trainer.data_builders.build import build
 from biasunlearn_trainer.data_builders.build_recipe import read_build_recipe
 from biasunlearn_trainer.data_builders.debias_benchmark import item_key
+from biasunlearn_trainer.eval.schema import load_results
 from biasunlearn_trainer.eval.scoring import CompletionScore, Scorer
 from biasunlearn_trainer.eval.tasks import load_task
 from biasunlearn_trainer.model_filter import filter_set, main
@@ -102,3 +103,42 @@ def test_what_cannot_be_filtered(built, tmp_path, tiny_llava, capsys):
     words = ["--model", str(tiny_llava), "--data", str(tmp_path), "--output", str(tmp_path / "out")]
     assert main(words) == 2
     assert "is no built set" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_each_bias_type_is_unlearned_and_all_are_measured(data_dir, tiny_llava, tmp_path, monkeypatch):
+    """From recipe to matrix: a set a bias type with one report split, two runs, one picture."""
+    from biasunlearn_trainer.eval.cross_bias import main as cross_bias
+    from biasunlearn_trainer.runner.run import main as run
+
+    monkeypatch.setenv("BIASUNLEARN_DATA", str(data_dir))
+    prints, runs = set(), []
+    for bias_type in ("race", "gender"):
+        folder, out = tmp_path / bias_type, tmp_path / f"run_{bias_type}"
+        words = ["--output_dir", str(folder), "--sources.3.limit", "20"]
+        for split in ("vqa_forget", "vqa_preferred"):
+            words += [f"--splits.{split}.where.bias_type", bias_type]
+        report = build(read_build_recipe(RECIPE, words), show_progress=False)
+        prints.add(report.splits["vqa_report"].fingerprint)
+        assert set(report.splits["vqa_forget"].bias_types) == {bias_type}
+        words = [
+            "--method",
+            "npo",
+            "--retain_loss",
+            "nll",
+            "--model_name_or_path",
+            str(tiny_llava),
+            "--use_cpu",
+            "true",
+        ]
+        words += ["--forget_dataset", str(folder / "data/vqa_forget.parquet"), "--max_steps", "2"]
+        words += ["--retain_dataset", str(folder / "data/vqa_preferred.parquet"), "--output_dir", str(out)]
+        words += ["--tasks", f"debias_vqa@report={folder}", "--save_strategy", "no", "--report_to", "none"]
+        assert run([*words, "--per_device_train_batch_size", "2", "--learning_rate", "1e-2"]) == 0
+        runs.append(f"{bias_type}={out}")
+    assert len(prints) == 1, "all runs are measured on the same rows"
+    after = load_results(out / "results.json")["after"].tasks["debias_vqa@report"]
+    assert {"reliability", "t_generality", "t_locality", "t_locality_kl"} <= set(after.metrics)
+    assert after.metrics["t_locality_kl"].value > 0
+    assert set(after.groups) == {"race", "gender"}
+    assert cross_bias([*runs, "--task", "debias_vqa@report", "--figure", str(tmp_path / "matrix.png")]) == 0
