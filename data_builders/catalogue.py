@@ -235,7 +235,6 @@ STAGES = {
     "caption_prompts": "biasunlearn_trainer.data_builders.prompt_templates:CaptionPrompts",
     "debias_benchmark": "biasunlearn_trainer.data_builders.debias_benchmark:DebiasBenchmark",
     "rephrase_text": "biasunlearn_trainer.data_builders.rephrase_text:RephraseText",
-    "rephrase_image": "biasunlearn_trainer.data_builders.rephrase_image:RephraseImage",
 }
 """Stages by the name that a recipe uses. What a class takes when it is made, a recipe sets beside the name."""
 
