@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from biasunlearn_trainer.data_builders.images import resolve_path, undecoded
+from biasunlearn_trainer.data_builders.images import picture_file, resolve_path, undecoded
 from biasunlearn_trainer.data_builders.schema import Faults, check_columns, row_faults
 from biasunlearn_trainer.data_builders.sources import (
     bbq,
@@ -157,7 +157,9 @@ def own_rows(path: str, *, split: str = "train") -> Iterator[dict]:
     """A user's own rows: JSON Lines and CSV are streamed, anything else is loaded as `sources.plain` does."""
     file = Path(path).expanduser()
     if not (file.is_file() and data_suffix(file) in (".jsonl", ".ndjson", ".csv", ".tsv")):
-        yield from undecoded(plain.load_rows(path, split, check_images=False))
+        for row in undecoded(plain.load_rows(path, split, check_images=False)):
+            pictures = [picture_file(image) for image in row.get("images") or []]
+            yield {**row, "images": pictures} if pictures else row
         return
     faults = Faults(str(file))
     opener = functools.partial(gzip.open if file.suffix == ".gz" else open, encoding="utf-8-sig", newline="")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import PIL.Image
 from datasets import Dataset
 from datasets.features.image import image_to_bytes
@@ -98,6 +99,27 @@ def image_fault(image: Any) -> str | None:
     except Exception as err:
         return f"image {label} cannot be read: {err or type(err).__name__}"
     return None
+
+
+def picture_file(image: Any, folder: Path | None = None) -> str:
+    """Returns the path of a stored picture; one that is bytes is written to a file first, named by what it holds.
+
+    Args:
+        image: a path, or `{"bytes", "path"}`.
+        folder: for pictures without a file of their own; by default one in the cache of `datasets`.
+    """
+    if not isinstance(image, dict):
+        return str(image)
+    if image.get("bytes") is None:
+        return str(image["path"])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "biasunlearn_pictures" if folder is None else folder
+    file = folder.absolute() / content_digest(image["bytes"]).hex()
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        partial.write_bytes(image["bytes"])
+        os.replace(partial, file)
+    return str(file)
 
 
 def undecoded(dataset: Dataset | Iterable[dict]) -> Iterator[dict]:

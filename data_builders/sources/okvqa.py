@@ -19,9 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
-
-from biasunlearn_trainer.data_builders.images import content_digest, image_bytes, image_fault
+from biasunlearn_trainer.data_builders.images import image_fault, picture_file
 from biasunlearn_trainer.data_builders.schema import Faults
 from biasunlearn_trainer.data_builders.sources.pictured_rows import StoredPicture, check_pictures, picture_table
 from biasunlearn_trainer.data_builders.sources.published import load_config, missing_columns, text_rows
@@ -54,8 +52,7 @@ def okvqa_rows(
     if (folder / QUESTIONS.format(split=split)).is_file():
         read = _read_published(folder, split, Path(pictures).expanduser() if pictures else folder / split)
     else:
-        default = Path(datasets.config.HF_DATASETS_CACHE) / "okvqa_pictures"
-        read = _read_table(path, Path(pictures).expanduser() if pictures else default)
+        read = _read_table(path, Path(pictures).expanduser() if pictures else None)
     for number, question, answers, picture in read:
         yield {
             "prompt": prompt.replace("{question}", question.strip()),
@@ -128,7 +125,7 @@ def _check_question(question: Any, where: str, faults: Faults) -> None:
         faults.add(f"`question` must be a text, got {question!r:.60}", where)
 
 
-def _read_table(path: str, folder: Path) -> Iterator[Question]:
+def _read_table(path: str, folder: Path | None) -> Iterator[Question]:
     dataset = load_config(path)
     faults = Faults(str(path))
     if missing_columns(dataset, ("image", "question", "question_id", "answers"), faults):
@@ -141,10 +138,5 @@ def _read_table(path: str, folder: Path) -> Iterator[Question]:
         _check_question(row["question"], where, faults)
     check_pictures(stored, faults)
     faults.raise_if_any()
-    folder.mkdir(parents=True, exist_ok=True)
     for (where, row), several in zip(rows, answers, strict=True):
-        content = image_bytes(stored[where].stored)
-        file = folder / content_digest(content).hex()
-        if not file.is_file():
-            file.write_bytes(content)
-        yield str(row["question_id"]), row["question"], several, str(file.absolute())
+        yield str(row["question_id"]), row["question"], several, picture_file(stored[where].stored, folder)

@@ -2,11 +2,15 @@
 
 import json
 
+import datasets
+import PIL.Image
 import pytest
 import yaml
 
 from biasunlearn_trainer.data_builders.build import build
 from biasunlearn_trainer.data_builders.build_recipe import BuildRecipeError, read_build_recipe
+from biasunlearn_trainer.data_builders.rows import rows_to_dataset
+from biasunlearn_trainer.data_builders.sources.plain import load_rows
 from biasunlearn_trainer.data_builders.stages import Outcome, row_key, run_stages
 
 
@@ -84,3 +88,14 @@ def test_where_belongs_to_stages_that_ask(tmp_path):
     stages = [{"stage": "debias_benchmark", "where": {"kind": "facts"}}]
     with pytest.raises(BuildRecipeError, match="`where` belongs to a stage that asks for each row"):
         read_build_recipe(write(tmp_path, stages=stages))
+
+
+def test_pictures_inside_a_parquet_file(tmp_path, monkeypatch):
+    picture = PIL.Image.new("RGB", (6, 4), (1, 2, 3))
+    rows = [{"prompt": f"p {n}", "completion": " c", "images": [picture]} for n in range(3)]
+    rows_to_dataset(rows).to_parquet(tmp_path / "mine.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sources = [{"source": "rows", "path": str(tmp_path / "mine.parquet")}]
+    build(read_build_recipe(write(tmp_path, sources=sources, splits={"all": {}})), show_progress=False)
+    assert [row["images"][0].size for row in load_rows(tmp_path / "out/data/all.parquet")] == [(6, 4)] * 3
+    assert len(list((tmp_path / "cache/biasunlearn_pictures").iterdir())) == 1, "one file a picture"

@@ -203,19 +203,20 @@ def test_okvqa_as_parquet(okvqa, tmp_path, as_texts):
     published = [answer(n, text) for n, text in enumerate(ANSWERS, start=1)]
     columns = {
         "question_id": ["425"],
-        "image": [str(okvqa / "val2014" / "COCO_val2014_000000000042.jpg")],
+        "image": [PIL.Image.new("RGB", (8, 8))],
         "question": ["What falls?"],
         "answers": [ANSWERS if as_texts else published],
         "question_type": ["four"],
         "answer_type": ["other"],
     }
-    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table = datasets.Dataset.from_dict(columns)
     file = tmp_path / "val2014.parquet"
     table.to_parquet(str(file))
     (row,) = okvqa_rows(str(file), pictures=str(tmp_path / "written"))
     assert row["completion"] == " snow" and row["source_id"] == "425"
     with PIL.Image.open(row["images"][0]) as opened:
         assert opened.size == (8, 8)
+    assert Path(row["images"][0]).parent == tmp_path / "written"
     json.dumps(row)  # builds keep rows as JSON between two passes
     table.remove_columns("question").to_parquet(str(file))
     with pytest.raises(InvalidDataset, match="columns question are missing"):
