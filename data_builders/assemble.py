@@ -68,6 +68,9 @@ class Assembly:
             sizes[row["part_group"]] += 1
             # The least of a group's bias types, so that the order of its rows decides nothing.
             bias_type = str(row.get("bias_type"))
+            # Of several sources each is spread evenly by itself.
+            if len(self.recipe.sources) > 1:
+                bias_type = f"{row['part_group'].partition(':')[0]}/{bias_type}"
             strata[row["part_group"]] = min(bias_type, strata.get(row["part_group"], bias_type))
         return deal_groups(sizes, strata, self.recipe.parts, self.recipe.seed)
 

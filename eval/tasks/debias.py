@@ -146,6 +146,9 @@ def _file(path: str, split: str) -> str:
     for file in (folder / "data" / f"{split}.parquet", folder / f"{split}.parquet"):
         if file.is_file():
             return str(file)
+    if (folder / "data").is_dir():
+        there = ", ".join(sorted(file.stem for file in (folder / "data").glob("*.parquet"))) or "none"
+        raise FileNotFoundError(f"{folder} has no split {split}; splits there: {there}. Was its source there?")
     return str(folder)
 
 

@@ -2,9 +2,11 @@
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from biasunlearn_trainer.data_builders.build_recipe import read_build_recipe
 from biasunlearn_trainer.data_builders.catalogue import SOURCES, STAGES, stage_class
 from biasunlearn_trainer.data_builders.debias_benchmark import (
     DebiasBenchmark,
@@ -13,7 +15,10 @@ from biasunlearn_trainer.data_builders.debias_benchmark import (
     keep_stereotyped,
 )
 from biasunlearn_trainer.data_builders.prompt_templates import read_templates
+from biasunlearn_trainer.data_builders.sources.pata import PataPicture, draw_bias_types
 from biasunlearn_trainer.data_builders.stages import Reject
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "data" / "debias_benchmark.yaml"
 
 
 def pair(source="vlstereoset", number=0, prompt="Caption for the picture:", **more):
@@ -142,3 +147,18 @@ def test_what_cannot_be_chosen_from():
         keep_stereotyped(rows + rows, lambda asked: [True])
     with pytest.raises(ValueError, match="got 0 answers about 1 items"):
         keep_stereotyped(rows, lambda asked: [])
+
+
+def test_the_recipe_has_the_counts_of_table_1(tmp_path, monkeypatch):
+    # How many pictures of PATA's list are in scenes with captions for all three types, for two, for race alone.
+    scenes = {"all": ("age", "gender", "race"), "two": ("gender", "race"), "one": ("race",)}
+    captions = {scene: dict.fromkeys(types, (["biased"], ["fair"])) for scene, types in scenes.items()}
+    numbers = [*["all"] * 2202, *["two"] * 2587, *["one"] * 145]
+    pictures = [PataPicture(n, scene, "black", "male", "old", tmp_path) for n, scene in enumerate(numbers)]
+    vlstereoset = {"race": 960, "profession": 631, "gender": 323, "religion": 44}
+    (tmp_path / "pata").mkdir()
+    monkeypatch.setenv("BIASUNLEARN_DATA", str(tmp_path))
+    (spec,) = read_build_recipe(RECIPE).sources
+    drawn = Counter(draw_bias_types(pictures, captions, counts=spec.options["counts"]).values())
+    table_1 = {"age": 680, "gender": 2262, "race": 3026, "profession": 631, "religion": 44}
+    assert drawn + Counter(vlstereoset) == table_1 and sum(table_1.values()) == 6643

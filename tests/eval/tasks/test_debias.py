@@ -150,6 +150,11 @@ def test_a_real_image_text_model(built, tiny_llava):
     assert changed["m_locality_topk_overlap"].value < 1.0 and changed["m_locality_kl"].value > 0
 
 
+def test_a_set_without_the_split(built):
+    with pytest.raises(FileNotFoundError, match="has no split vqa_report; splits there: ic_report"):
+        load_task(f"debias_vqa={built}")
+
+
 def test_faults_are_named(built):
     file = built / "data" / "ic_report.parquet"
     with pytest.raises(InvalidDataset, match="no rows of the task 'ic'"):
