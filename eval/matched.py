@@ -206,7 +206,7 @@ def verdict(difference: tuple[float, Interval, int] | None) -> str:
 
 def matched_markdown(comparisons: Sequence[Comparison], matching: Matching) -> str:
     """The comparison as a Markdown table, and what it says in words."""
-    against = next(c.method for c in comparisons if not c.differences or c.method == matching.against)
+    against = matching.against or comparisons[0].method
     shown = [*matching.at, *matching.keep]
     header = ["", "reached", *shown, "kept", f"kept minus {against}", "against it"]
     lines = [header, ["---"] + ["---:"] * (len(header) - 2) + ["---"]]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+TESTBED_PREFIX = "testbed:"
+"""Before the name of a testbed's set, which so stands for another stream: `utility_dataset: testbed:retain`."""
+
 TRANSFER_KEYS = (
     "transfer_adapter_from",
     "testbed",

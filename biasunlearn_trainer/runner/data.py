@@ -19,14 +19,13 @@ from biasunlearn_trainer.eval.tasks.training_sets import ForgetSetTask, RetainSe
 from biasunlearn_trainer.fingerprints import rows_fingerprint
 from biasunlearn_trainer.probes import StereoSetProbe
 from biasunlearn_trainer.recipe import Recipe, RecipeError
+from biasunlearn_trainer.recipe.config import TESTBED_PREFIX
 from biasunlearn_trainer.streams import modality_batches
 
 logger = logging.getLogger(__name__)
 
 STREAMS = ("forget", "retain", "preferred", "utility", "preserve", "guidance")
 CHECKED_AT_ONCE = 32
-# A set of the testbed under another stream's name: `utility_dataset: testbed:retain`.
-TESTBED_PREFIX = "testbed:"
 # A task with this label measures trained rows on purpose, to set beside the unseen ones.
 SEEN_LABEL = "@train"
 MEASURED_OF_TRAINING_SETS = 500

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from biasunlearn_trainer.eval.schema import EvalResult, load_results
+from biasunlearn_trainer.recipe.config import TESTBED_PREFIX
 from biasunlearn_trainer.tables.plan import Cell
 
 RESOLVED_FILE, ENVIRONMENT_FILE = "recipe.resolved.yaml", "environment.json"
@@ -32,7 +33,6 @@ IMMATERIAL = (
 IMMATERIAL_PREFIXES = ("save_", "logging_", "log_", "hub_")
 """Keys that change no figure: a finished cell stays finished whatever they are."""
 FILLED_BY_TESTBED = ("model_name_or_path", "oracle_model", "tasks")
-TESTBED_PREFIX = "testbed:"
 PLACED_BY_TESTBED = ("tasks", "probes", "bias_probe")
 
 

@@ -6,20 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
 
+from biasunlearn_trainer.data_builders import schema
 from biasunlearn_trainer.data_builders.counterfactual.tokens import Sentence
 
-BIAS_TYPES = (
-    "age",
-    "disability",
-    "gender",
-    "nationality",
-    "physical_appearance",
-    "profession",
-    "race",
-    "religion",
-    "sexual_orientation",
-    "socioeconomic",
-)
+# There are no words for what is of no type.
+BIAS_TYPES = tuple(bias_type for bias_type in schema.BIAS_TYPES if bias_type != "other")
 KINDS = (
     "subject",
     "object",

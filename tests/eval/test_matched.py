@@ -66,6 +66,14 @@ def test_a_unit_on_which_a_method_never_forgets_is_left_out_and_counted():
     )
 
 
+def test_a_method_that_never_forgets_is_not_what_the_others_are_compared_with():
+    points = [point("never", "0", forget=0.9), point("base", "0"), point("better", "0", retain=1.0)]
+    matching = Matching(MATCHING.at, MATCHING.keep, MATCHING.choose_on, MATCHING.report_on, against="base")
+    text = matched_markdown(compare_matched(points, matching), matching)
+    assert "kept minus base" in text and "| never | 0 of 1 | - | - | - | - | - | no common unit |" in text
+    assert "| base | 1 of 1 | 0.10 [0.10, 0.10] | 0.90" in text and "| better | 1 of 1 |" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
