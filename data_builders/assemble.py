@@ -257,4 +257,6 @@ def reject_line(reject: Reject) -> str:
             "images": [os.path.basename(image) if isinstance(image, str) else None for image in row["images"]],
         }
     line = {"stage": reject.stage, "reason": reject.reason, "detail": reject.detail, "row": row}
+    if reject.attempts > 1:
+        line["attempts"] = reject.attempts
     return json.dumps(line, ensure_ascii=False) + "\n"

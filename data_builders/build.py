@@ -64,6 +64,7 @@ class _Counts:
         self.sources: Counter[int] = Counter()
         self.stages: dict[int, list[int]] = {}
         self.items: Counter[bool] = Counter()
+        self.attempts: Counter[int] = Counter()
         self.rejects: dict[str, Counter[str]] = {}
         self._file = rejects_file
 
@@ -72,8 +73,9 @@ class _Counts:
         if self._file is not None:
             self._file.write(reject_line(reject))
 
-    def item(self, stage: Stage, was_stored: bool) -> None:
+    def item(self, stage: Stage, was_stored: bool, attempts: int) -> None:
         self.items[was_stored] += 1
+        self.attempts[id(stage)] += attempts
 
     def through(self, rows: Iterable[dict], stage: int, place: int) -> Iterator[dict]:
         counts = self.stages.setdefault(stage, [0, 0])
@@ -182,7 +184,13 @@ def _build(
     report = BuildReport(recipe.name, recipe.description, recipe.seed)
     report.sources = [_source_report(spec, counts.sources[number]) for number, spec in enumerate(recipe.sources)]
     report.stages = [
-        {"name": stage.name, "settings": _settings(stage), "rows_in": passed[0], "rows_out": passed[1]}
+        {
+            "name": stage.name,
+            "settings": _settings(stage),
+            "rows_in": passed[0],
+            "attempts": counts.attempts[id(stage)] or None,
+            "rows_out": passed[1],
+        }
         for stage, passed in ((s, counts.stages.get(n, [0, 0])) for n, s in enumerate(recipe.stages))
     ]
     assembly = Assembly(recipe, spool, partial, counts.reject, report)
@@ -220,9 +228,9 @@ def _source_report(spec: SourceSpec, num_rows: int) -> dict[str, Any]:
 
 
 def _settings(stage: Stage) -> dict[str, Any]:
-    """A stage's settings, and to which rows it was confined."""
-    where = getattr(stage, "where", None)
-    return {**stage.settings, **({"where": where} if where else {})}
+    """A stage's settings, how often it may ask, and to which rows it was confined."""
+    more = {name: getattr(stage, name, None) for name in ("attempts", "where")}
+    return {**stage.settings, **{name: value for name, value in more.items() if value}}
 
 
 def _record(recipe: BuildRecipe, report: BuildReport) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class BuildReport:
         description: as the recipe has it.
         seed: of everything drawn.
         sources: of each source its title, licence, url, note, and `num_rows` read.
-        stages: of each stage its name, settings, and how many rows came in and went out.
+        stages: of each stage its name, settings, how many rows came in and went out, and how often it asked for them.
         splits: by name.
         rejects: how many rows were left out, by stage and reason.
         duplicates: how many rows a split has twice, by its name.
@@ -92,7 +92,7 @@ def write_card(report: BuildReport, files: Mapping[str, str]) -> str:
         _table("Rows by polarity", ("polarity", *report.splits), _counts(report, "polarities")),
         _table("Sources", ("source", "licence", "rows read", "published at"), _source_rows(report)),
         _notes(report),
-        _table("Stages", ("stage", "settings", "rows in", "rows out"), _stage_rows(report)),
+        _table("Stages", ("stage", "settings", "rows in", "attempts", "rows out"), _stage_rows(report)),
         _table("Left out", ("stage", "reason", "rows"), _reject_rows(report)) or "## Left out\n\nNothing.",
         _checks(report),
         f"Built by biasunlearn_trainer {__version__} with seed {report.seed}; see `build.json`.",
@@ -135,7 +135,7 @@ def _stage_rows(report: BuildReport) -> list[tuple]:
         ", ".join(f"{key}={value!r:.80}" for key, value in stage["settings"].items()) for stage in report.stages
     ]
     return [
-        (stage["name"], text, stage["rows_in"], stage["rows_out"])
+        (stage["name"], text, stage["rows_in"], stage.get("attempts") or "", stage["rows_out"])
         for stage, text in zip(report.stages, settings, strict=True)
     ]
 

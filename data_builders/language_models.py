@@ -51,9 +51,7 @@ class ServedModel:
         timeout: seconds for an answer.
         retries: how often a request is tried again.
         requests_per_minute: at most, retries counted; None: no limit.
-        temperature: of sampling.
         max_tokens: of an answer.
-        seed: sent along; servers that know it answer alike.
 
     Raises:
         ValueError: a URL or a variable's name that cannot be one; the value is not repeated, it may be a secret.
@@ -67,9 +65,7 @@ class ServedModel:
         timeout: float = 60.0,
         retries: int = 5,
         requests_per_minute: float | None = None,
-        temperature: float = 0.0,
         max_tokens: int = 256,
-        seed: int = 0,
     ):
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
@@ -82,7 +78,7 @@ class ServedModel:
             raise ValueError("`api_key_env` must be the name of an environment variable, not the key itself")
         self._base_url, self._key_env, self._timeout, self._retries = base_url, api_key_env, timeout, retries
         self._limit = None if requests_per_minute is None else RateLimit(requests_per_minute)
-        self._request = {"model": model, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        self._request = {"model": model, "max_tokens": max_tokens}
         self._client, self._lock = None, threading.Lock()
 
     def _key(self) -> str:
@@ -111,18 +107,30 @@ class ServedModel:
                 )
         return self._client
 
-    def ask(self, texts: Sequence[str]) -> list[str]:
-        """Answers one text; `texts` holds it alone."""
-        (text,) = texts
-        return [self._ask(text)]
+    def ask(self, texts: Sequence[str], temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """Answers one text.
 
-    def _ask(self, text: str) -> str:
+        Args:
+            texts: holds it alone.
+            temperature: of sampling; 0 for greedy decoding.
+            seed: sent along; servers that know it answer alike.
+
+        Raises:
+            NoAnswer: there was none, after all retries.
+            RefusedRequest: there will be none.
+            StageError: the key is refused, or the server has no such model.
+        """
+        (text,) = texts
+        return [self._ask(text, {"temperature": temperature, "seed": seed})]
+
+    def _ask(self, text: str, drawing: dict[str, float]) -> str:
         """The answer; errors carry no cause, since a server's own words may repeat the key."""
         import openai
 
         client = self._opened()
         try:
-            answer = client.chat.completions.create(messages=[{"role": "user", "content": text}], **self._request)
+            messages = [{"role": "user", "content": text}]
+            answer = client.chat.completions.create(messages=messages, **self._request, **drawing)
             # A body that is no JSON comes as text, JSON of another form without choices.
             content = answer.choices[0].message.content
             fault = None if content is None or isinstance(content, str) else "garbage"
@@ -166,16 +174,11 @@ class LocalModel:
     Args:
         model: a path or Hub id; where its tokenizer has a chat template, the text is a user's message.
         device: where it runs; None: the first accelerator, else the CPU.
-        temperature: 0 for greedy decoding.
         max_tokens: of an answer.
-        seed: of sampling; with the texts of a batch it decides what is drawn.
     """
 
-    def __init__(
-        self, model: str, device: str | None = None, temperature: float = 0.0, max_tokens: int = 256, seed: int = 0
-    ):
-        self._name, self._device, self._temperature = model, device, temperature
-        self._max_tokens, self._seed = max_tokens, seed
+    def __init__(self, model: str, device: str | None = None, max_tokens: int = 256):
+        self._name, self._device, self._max_tokens = model, device, max_tokens
         self._model = self._tokenizer = None
 
     def _load(self) -> None:
@@ -190,8 +193,14 @@ class LocalModel:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model = AutoModelForCausalLM.from_pretrained(self._name, dtype="auto").to(self._device).eval()
 
-    def ask(self, texts: Sequence[str]) -> list[str]:
-        """Answers a batch of texts."""
+    def ask(self, texts: Sequence[str], temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """Answers a batch of texts.
+
+        Args:
+            texts: the batch.
+            temperature: of sampling; 0 for greedy decoding.
+            seed: of sampling; with the texts of a batch it decides what is drawn.
+        """
         import torch
 
         if self._model is None:
@@ -208,9 +217,9 @@ class LocalModel:
             list(texts), return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template
         ).to(self._device)
         batch.pop("token_type_ids", None)
-        sampling = {"do_sample": True, "temperature": self._temperature} if self._temperature else {"do_sample": False}
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         with torch.inference_mode(), torch.random.fork_rng():
-            torch.manual_seed(self._seed)
+            torch.manual_seed(seed)
             ids = self._model.generate(
                 **batch, **sampling, max_new_tokens=self._max_tokens, pad_token_id=tokenizer.pad_token_id
             )

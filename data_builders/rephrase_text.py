@@ -42,7 +42,10 @@ class RephraseText:
         keep_rows: let the row as it was through, too, before its rephrasing.
         meaning_model: a sentence-transformers model that checks the meaning; None: the other checks alone.
         min_similarity: of the two texts' embeddings, in -1..1. Default 0.75; look at the rejects to choose it.
-        temperature: of sampling; 0 decodes greedily.
+        attempts: how often a text is asked for at most: one whose rephrasing a check refuses is asked for again, with the
+            next template where there are several, the next seed, and at `retry_temperature`.
+        temperature: of sampling, in the first attempt; 0 decodes greedily.
+        retry_temperature: in the others. Greedy decoding would say the same again, so that it must be above 0.
         max_tokens: of an answer.
         seed: of sampling.
         concurrency: requests under way at a time; a local model takes batches instead.
@@ -74,7 +77,9 @@ class RephraseText:
         keep_rows: bool = False,
         meaning_model: str | None = None,
         min_similarity: float = 0.75,
+        attempts: int = 3,
         temperature: float = 0.0,
+        retry_temperature: float = 0.7,
         max_tokens: int = 256,
         seed: int = 0,
         concurrency: int = 8,
@@ -100,31 +105,33 @@ class RephraseText:
             "meaning_model": meaning_model,
             "min_similarity": min_similarity if meaning_model else None,
             "temperature": temperature,
+            "retry_temperature": retry_temperature,
             "max_tokens": max_tokens,
             "seed": seed,
         }
+        self.attempts, self._temperatures, self._seed = attempts, (temperature, retry_temperature), seed
         self._meaning = MeaningCheck(meaning_model, min_similarity) if meaning_model else None
         if base_url is None:
             self.batch_size, self.concurrency = batch_size, 1
-            self._asked = LocalModel(model, device, temperature, max_tokens, seed)
+            self._asked = LocalModel(model, device, max_tokens)
         else:
             self.batch_size, self.concurrency = 1, concurrency
             limits = {"timeout": timeout, "retries": retries, "requests_per_minute": requests_per_minute}
-            drawing = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-            self._asked = ServedModel(model, base_url, api_key_env, **limits, **drawing)
+            self._asked = ServedModel(model, base_url, api_key_env, max_tokens=max_tokens, **limits)
         self._failures, self._lock = 0, threading.Lock()
 
     def key(self, row: dict) -> str:
         """Rows that ask the same with the same answers are rephrased once, whatever their pictures."""
         return row_key(row, (self._column, "completion", "rejected", "target"))
 
-    def do(self, rows: list[dict]) -> list[Outcome]:
-        """Asks, and checks what comes back."""
+    def do(self, rows: list[dict], attempt: int = 0) -> list[Outcome]:
+        """Asks, and checks what comes back; another attempt asks in another way."""
         self._stop_if_given_up("as before")
         texts = [self._core(row) for row in rows]
-        asked = [self._templates.fill(int(self.key(row), 16), text) for row, text in zip(rows, texts, strict=True)]
+        numbers = [int(self.key(row), 16) + attempt for row in rows]
+        asked = [self._templates.fill(number, text) for number, text in zip(numbers, texts, strict=True)]
         try:
-            answers = self._asked.ask(asked)
+            answers = self._asked.ask(asked, self._temperatures[attempt > 0], self._seed + attempt)
         except RefusedRequest as err:
             return [Outcome(reason="refused by the server", detail=str(err)) for _ in rows]
         except NoAnswer as err:
@@ -159,7 +166,7 @@ class RephraseText:
         if fault is None and self._meaning is not None:
             fault = self._meaning.fault_of(text, answer)
         if fault is not None:
-            return Outcome(reason=fault[0], detail=fault[1])
+            return Outcome(reason=fault[0], detail=fault[1], retry=True)
         at = original.index(text, len(self._prefix) if original.startswith(self._prefix) else 0)
         columns = {
             self._column: with_text(row[self._column], original[:at] + answer + original[at + len(text) :]),
@@ -184,10 +191,10 @@ def _unwrapped(answer: str, original: str) -> str:
 
 def _check_ranges(given: dict) -> None:
     faults = []
-    for name in ("concurrency", "batch_size", "max_tokens"):
+    for name in ("attempts", "concurrency", "batch_size", "max_tokens"):
         if given[name] < 1:
             faults.append(f"`{name}` must be 1 or more, got {given[name]}")
-    for name in ("timeout", "requests_per_minute"):
+    for name in ("timeout", "requests_per_minute", "retry_temperature"):
         if given[name] is not None and not 0 < given[name] < float("inf"):
             faults.append(f"`{name}` must be above 0, got {given[name]}")
     for name in ("retries", "temperature"):

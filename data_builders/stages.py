@@ -38,7 +38,7 @@ starts another store. What changes no result (a timeout, the number of threads) 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,12 +62,14 @@ class Reject:
         reason: a few words, the same for all rows of a kind, since rejects are counted by it ("no demographic term").
         detail: what is particular to this row, for instance the answer that was refused.
         stage: which stage took it out; the engine fills it in.
+        attempts: how often a stage that asks has asked for it; the reason is that of the last time.
     """
 
     row: dict
     reason: str
     detail: str = ""
     stage: str = ""
+    attempts: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ class Outcome:
         reason: why there is none; as in `Reject`.
         detail: as in `Reject`.
         final: False for a failure that another build may not meet (a timeout): it is not stored, and asked again.
+        retry: True for a reject that another attempt may better; stages with `attempts` get one while there are any.
     """
 
     row: Mapping[str, Any] | None = None
     reason: str | None = None
     detail: str = ""
     final: bool = True
+    retry: bool = False
 
     def __post_init__(self):
         """Refuses an outcome that is both or neither."""
@@ -109,6 +113,8 @@ class ItemStage(Protocol):
 
     `batch_size` (default 1): rows that `do` gets at once, fewer in the last batch; a batch is stored when it is done.
     `concurrency` (default 1): threads that call `do` at the same time.
+    `attempts` (default 1): how often a row is asked for whose outcome says `retry`; with more than one, `do` is called
+        as `do(rows, attempt)`, from 0. Every attempt is stored, so that raising the number asks for the new ones alone.
     `folder`: where it is there, the engine sets it to a folder of the stage's own (pictures), before the first row.
     `keep_rows` (default False): every row goes on as it came, too, before what became of it.
     `where` (default empty): column and value, or values; a row without them goes on as it came and is not asked.
@@ -143,7 +149,7 @@ def run_stages(
     stages: Sequence[Stage],
     folder: str | Path,
     on_reject: Callable[[Reject], None],
-    on_item: Callable[[Stage, bool], None] = lambda stage, was_stored: None,
+    on_item: Callable[[Stage, bool, int], None] = lambda stage, was_stored, attempts: None,
 ) -> Iterator[dict]:
     """Sends rows through stages.
 
@@ -152,7 +158,8 @@ def run_stages(
         stages: in order.
         folder: where item stages store their outcomes, a file a stage and its settings.
         on_reject: called for every row that is taken out, with the stage's name filled in.
-        on_item: called for every row that passed an item stage, and whether its outcome was there already.
+        on_item: called for every row that passed an item stage: whether its outcome was there already, and how many
+            attempts it took.
 
     Yields:
         The rows that came through, in the order in which they came, however many threads a stage uses.
@@ -176,13 +183,13 @@ def run_stages(
 def _without_rejects(rows: Iterable[dict | Reject], name: str, on_reject: Callable[[Reject], None]) -> Iterator[dict]:
     for row in rows:
         if isinstance(row, Reject):
-            on_reject(Reject(row.row, row.reason, row.detail, row.stage or name))
+            on_reject(replace(row, stage=row.stage or name))
         else:
             yield row
 
 
 def _run_items(
-    rows: Iterable[dict], stage: ItemStage, folder: Path, on_item: Callable[[Stage, bool], None]
+    rows: Iterable[dict], stage: ItemStage, folder: Path, on_item: Callable[[Stage, bool, int], None]
 ) -> Iterator[dict | Reject]:
     name = stage_id(stage)
     if hasattr(stage, "folder"):
@@ -198,9 +205,10 @@ def _run_items(
 class _Items:
     """Rows of one item stage under way: those waiting for a batch, those being asked, those stored."""
 
-    def __init__(self, stage: ItemStage, store: Store, on_item: Callable[[Stage, bool], None]):
+    def __init__(self, stage: ItemStage, store: Store, on_item: Callable[[Stage, bool, int], None]):
         self.stage, self.store, self.on_item = stage, store, on_item
         self.batch_size, self.concurrency = getattr(stage, "batch_size", 1), getattr(stage, "concurrency", 1)
+        self.attempts = getattr(stage, "attempts", 1)
         # Of each row under way its key (None where it only passes), and whether it was asked for before.
         self.rows: deque[tuple[dict, str | None, bool]] = deque()
         self.futures: dict[str, Future] = {}
@@ -224,7 +232,7 @@ class _Items:
             self.rows.append((row, None, False))
             return
         key = self.stage.key(row)
-        was_stored = key in self.store or key in self.futures or key in self.waiting
+        was_stored = key in self.futures or key in self.waiting or self._is_settled(*self._stored(key))
         self.rows.append((row, key, was_stored))
         if not was_stored:
             self.waiting[key] = row
@@ -236,15 +244,46 @@ class _Items:
         future = pool.submit(self._do, batch)
         self.futures.update(dict.fromkeys(batch, future))
 
+    def _stored(self, key: str) -> tuple[Outcome | None, int]:
+        """The outcome of the last attempt that is stored, and how many are."""
+        outcome, attempt = None, 0
+        while attempt < self.attempts and _attempt_key(key, attempt) in self.store:
+            outcome = Outcome(**self.store.get(_attempt_key(key, attempt)))
+            attempt += 1
+            if not outcome.retry:
+                break
+        return outcome, attempt
+
+    def _is_settled(self, outcome: Outcome | None, attempts: int) -> bool:
+        return outcome is not None and (not outcome.retry or attempts >= self.attempts)
+
     def _do(self, batch: dict[str, dict]) -> dict[str, Outcome]:
-        """Asks a batch and stores it; returns what was not stored."""
-        outcomes = list(self.stage.do(list(batch.values())))
-        if len(outcomes) != len(batch):
-            raise ValueError(f"stage {self.stage.name} returned {len(outcomes)} outcomes for {len(batch)} rows.")
-        for key, outcome in zip(batch, outcomes, strict=True):
-            if outcome.final:
-                self.store.put(key, {"row": outcome.row, "reason": outcome.reason, "detail": outcome.detail})
-        return {key: outcome for key, outcome in zip(batch, outcomes, strict=True) if not outcome.final}
+        """Asks for a batch until each row is settled, storing every attempt; returns what was not stored."""
+        failed = {}
+        for attempt in range(self.attempts):
+            reached = {key: self._stored(key) for key in batch}
+            rows = {
+                key: row
+                for key, row in batch.items()
+                if key not in failed and reached[key][1] == attempt and not self._is_settled(*reached[key])
+            }
+            for key, outcome in self._asked(rows, attempt):
+                if outcome.final:
+                    value = {"row": outcome.row, "reason": outcome.reason, "detail": outcome.detail}
+                    value |= {"retry": True} if outcome.retry else {}
+                    self.store.put(_attempt_key(key, attempt), value)
+                else:
+                    failed[key] = outcome
+        return failed
+
+    def _asked(self, rows: dict[str, dict], attempt: int) -> Iterator[tuple[str, Outcome]]:
+        if not rows:
+            return iter(())
+        numbered = (attempt,) if self.attempts > 1 else ()
+        outcomes = list(self.stage.do(list(rows.values()), *numbered))
+        if len(outcomes) != len(rows):
+            raise ValueError(f"stage {self.stage.name} returned {len(outcomes)} outcomes for {len(rows)} rows.")
+        return zip(rows, outcomes, strict=True)
 
     def _next(self, pool: ThreadPoolExecutor) -> Iterator[dict | Reject]:
         row, key, was_stored = self.rows.popleft()
@@ -257,11 +296,17 @@ class _Items:
         if not any(key == later for _, later, _ in self.rows):
             self.futures.pop(key, None)
         # Read back even when it is new, so that the rows of a first build and of a continued one are the same.
-        outcome = failed.get(key) or Outcome(**self.store.get(key))
-        self.on_item(self.stage, was_stored)
+        outcome, attempts = self._stored(key)
+        if key in failed:
+            outcome, attempts = failed[key], attempts + 1
+        self.on_item(self.stage, was_stored, attempts)
         if getattr(self.stage, "keep_rows", False):
             yield row
         if outcome.row is None:
-            yield Reject(row, outcome.reason, outcome.detail)
+            yield Reject(row, outcome.reason, outcome.detail, attempts=attempts)
         else:
             yield {**row, **outcome.row}
+
+
+def _attempt_key(key: str, attempt: int) -> str:
+    return f"{key}/{attempt}" if attempt else key

@@ -29,6 +29,7 @@ class ChatServer:
     def __init__(self, answer=reword, failures=lambda text: (), key=None, port=0, delay=0.0, log=None):
         self.answer, self.failures, self.key, self.delay = answer, failures, key, delay
         self.asked, self.answered, self.headers, self.times = Counter(), Counter(), [], []
+        self.bodies = []
         self.at_once = self.most_at_once = 0
         self.lock, self.log = threading.Lock(), log
         self.http = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
@@ -59,6 +60,7 @@ class ChatServer:
                 with server.lock:
                     number = server.asked[text]
                     server.asked[text] += 1
+                    server.bodies.append(body)
                     server.headers.append({name.lower(): value for name, value in self.headers.items()})
                     server.times.append(time.monotonic())
                     server.at_once += 1
@@ -119,13 +121,16 @@ class ChatServer:
 
 
 def main(port, log):
-    """Serves until it is killed; every fifth text meets a 429 or a 500 first."""
+    """Serves until it is killed; every fifth text meets a 429 or a 500 first, every fourth is said back as it is."""
 
     def failures(text):
         number = sum(map(ord, text))
         return [(429, {"Retry_After": "0.02"})] if number % 10 == 0 else [500] if number % 10 == 5 else []
 
-    server = ChatServer(failures=failures, port=port, delay=0.01, log=log)
+    def answer(text):
+        return text.split("\n\n", 1)[1] if sum(map(ord, text)) % 4 == 0 else reword(text)
+
+    server = ChatServer(answer, failures, port=port, delay=0.01, log=log)
     print(server.url, flush=True)
     server.http.serve_forever()
 

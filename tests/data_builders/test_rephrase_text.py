@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -113,14 +114,55 @@ def test_a_server_that_says_when_is_obeyed(tmp_path):
 def test_what_does_not_pass_is_kept_aside_with_its_reason(tmp_path, failure, reason, detail):
     with chat.ChatServer(failures=lambda text: [failure] * 5) as server:
         out, rejects = run(RephraseText("m", server.url, timeout=0.4, retries=0), ROWS[:1], tmp_path)
-        (asked,) = server.asked.values()
-        assert (out, asked) == ([], 1)
+        # An empty answer is one: it is asked again at once, in other words.
+        assert (out, server.asked.total()) == ([], 3 if failure == "empty" else 1)
         ((found, said),) = rejects
         assert found == reason
         assert said.startswith(detail)
         # What may be otherwise another time is asked again; what was answered is not.
         run(RephraseText("m", server.url, timeout=0.4, retries=0), ROWS[:1], tmp_path)
-        assert list(server.asked.values()) == [2 if reason == "no answer" else 1]
+        assert server.asked.total() == {"no answer": 2, "empty": 3}.get(reason, 1)
+
+
+def same_until(number):
+    """Answers that say a text back until it was asked `number` times."""
+    asked = Counter()
+
+    def answer(text):
+        core = text.split("\n\n", 1)[1]
+        asked[core] += 1
+        return core if asked[core] < number else chat.reword(text)
+
+    return answer
+
+
+def test_what_a_check_refuses_is_asked_for_again_in_another_way(tmp_path):
+    with chat.ChatServer(same_until(3)) as server:
+        stage = RephraseText("m", server.url, temperature=0.2, retry_temperature=0.9, seed=5)
+        out, rejects = run(stage, ROWS[:1], tmp_path)
+        drawn = [(body["temperature"], body["seed"]) for body in server.bodies]
+        templates = {text.split("\n\n", 1)[0] for text in server.asked}
+    assert (len(out), rejects) == (1, [])
+    assert drawn == [(0.2, 5), (0.9, 6), (0.9, 7)]
+    assert len(templates) == 3
+
+
+def test_attempts_are_counted_kept_and_never_repeated(tmp_path):
+    def build(server, attempts):
+        rejects, counted = [], []
+        stage = RephraseText("m", server.url, attempts=attempts, concurrency=3)
+        out = list(
+            run_stages(ROWS[:4], [stage], tmp_path, rejects.append, lambda _, stored, n: counted.append((stored, n)))
+        )
+        return len(out), [(r.reason, r.attempts) for r in rejects], counted, server.asked.total()
+
+    with chat.ChatServer(same_until(5)) as server:
+        refused = [("not different", 3)] * 4
+        assert build(server, 3) == (0, refused, [(False, 3)] * 4, 12)
+        assert build(server, 3) == (0, refused, [(True, 3)] * 4, 12)
+        # With more of them only the new ones are asked for; with fewer, nothing.
+        assert build(server, 5) == (4, [], [(False, 5)] * 4, 20)
+        assert build(server, 1) == (0, [("not different", 1)] * 4, [(True, 1)] * 4, 20)
 
 
 def test_a_server_that_is_gone_stops_the_build_and_keeps_what_was_answered(tmp_path):
@@ -194,6 +236,7 @@ def test_the_openai_key_of_the_environment_goes_to_nobody_by_itself(tmp_path, mo
         ({"base_url": f"http://user:{chat.KEY}@host/v1"}, "user or password"),
         ({"base_url": "http://host/v1", "api_key_env": chat.KEY}, "name of an environment variable"),
         ({"concurrency": 0, "timeout": 0, "retries": -1}, "(?s)concurrency.*timeout.*retries"),
+        ({"attempts": 0, "retry_temperature": 0.0}, "(?s)attempts.*retry_temperature"),
         ({"min_similarity": 2}, "-1..1"),
     ],
 )
@@ -270,11 +313,12 @@ def test_a_local_model_and_the_same_model_behind_a_server_agree(tmp_path, tiny_l
     from biasunlearn_trainer.data_builders.language_models import LocalModel
 
     served = LocalModel(str(tiny_llama), device="cpu", max_tokens=12)
-    settings = {"device": "cpu", "max_tokens": 12}
+    # Greedy decoding alone is the same in every batch.
+    settings = {"device": "cpu", "max_tokens": 12, "attempts": 1}
     local = run(RephraseText(str(tiny_llama), batch_size=3, **settings), ROWS[:4], tmp_path / "local")
     alone = run(RephraseText(str(tiny_llama), batch_size=1, **settings), ROWS[:4], tmp_path / "alone")
     with chat.ChatServer(answer=lambda text: served.ask([text])[0]) as server:
-        remote = run(RephraseText(str(tiny_llama), server.url, concurrency=1), ROWS[:4], tmp_path / "remote")
+        remote = run(RephraseText(str(tiny_llama), server.url, attempts=1), ROWS[:4], tmp_path / "remote")
     assert len(_answers(*local)) == 4
     assert _answers(*local) == _answers(*alone) == _answers(*remote)
 

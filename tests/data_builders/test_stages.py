@@ -58,7 +58,7 @@ def flat(batches):
 
 def run(rows, stages, folder):
     rejects, items = [], []
-    out = list(run_stages(rows, stages, folder, rejects.append, lambda stage, stored: items.append(stored)))
+    out = list(run_stages(rows, stages, folder, rejects.append, lambda stage, stored, attempts: items.append(stored)))
     return out, rejects, items
 
 
@@ -114,6 +114,46 @@ def test_a_failure_that_is_not_final_is_asked_again(tmp_path):
     again = Square()
     assert run([{"n": 1}], [again], tmp_path)[0] == [{"n": 1, "square": 1}]
     assert again.asked == [[1]]
+
+
+class Stubborn(Square):
+    """Refuses an odd number until its last attempt; stops altogether at an attempt for a number."""
+
+    attempts = 3
+
+    def __init__(self, stop_at=None, **options):
+        super().__init__(**options)
+        self.stop_at = stop_at
+
+    def do(self, rows, attempt):
+        with self.lock:
+            self.asked += [(row["n"], attempt) for row in rows]
+        if self.stop_at in [(row["n"], attempt) for row in rows]:
+            raise StageError("the server is gone")
+        refused = [row["n"] % 2 and attempt < 2 for row in rows]
+        return [
+            Outcome(reason="odd", retry=True) if no else Outcome({"square": row["n"] ** 2})
+            for no, row in zip(refused, rows, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(("batch_size", "concurrency"), [(1, 1), (4, 1), (3, 3)])
+def test_refused_rows_get_their_attempts_and_no_attempt_is_made_twice(tmp_path, batch_size, concurrency):
+    rows = [{"n": n} for n in range(20)]
+    expected = [(n, attempt) for n in range(20) for attempt in range(3 if n % 2 else 1)]
+    quiet = Stubborn(batch_size=batch_size, concurrency=concurrency)
+    assert run(rows, [quiet], tmp_path / "quiet")[0] == [{"n": n, "square": n * n} for n in range(20)]
+    assert sorted(quiet.asked) == expected
+
+    stopped = Stubborn((7, 1), batch_size=batch_size, concurrency=concurrency)
+    with pytest.raises(StageError):
+        run(rows, [stopped], tmp_path / "stopped")
+    again = Stubborn(batch_size=batch_size, concurrency=concurrency)
+    assert run(rows, [again], tmp_path / "stopped")[0] == [{"n": n, "square": n * n} for n in range(20)]
+    # What was under way when it stopped is asked again, and nothing else; number 7 had its first attempt.
+    repeated = set(stopped.asked) & set(again.asked)
+    assert (7, 0) not in repeated and (7, 1) in repeated and len(repeated) <= batch_size
+    assert set(stopped.asked) | set(again.asked) == set(expected)
 
 
 def test_other_settings_have_another_store(tmp_path):
