@@ -229,7 +229,7 @@ def _source_report(spec: SourceSpec, num_rows: int) -> dict[str, Any]:
 
 def _settings(stage: Stage) -> dict[str, Any]:
     """A stage's settings, how often it may ask, and to which rows it was confined."""
-    more = {name: getattr(stage, name, None) for name in ("attempts", "where")}
+    more = {name: getattr(stage, name, None) for name in ("max_attempts", "where")}
     return {**stage.settings, **{name: value for name, value in more.items() if value}}
 
 

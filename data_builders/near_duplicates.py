@@ -1,16 +1,17 @@
 """Rows that say nearly the same: what is trained on must not be reported in other words or on a copied picture.
 
 Two texts are as similar as the share of word pairs that they have in common (Jaccard similarity of their sets of word
-bigrams; case and punctuation aside). Candidates are found by MinHash in bands, then compared exactly, so that nothing
-below the threshold is named; of pairs at 0.9 the bands miss 1 in 5,000 and the signatures 1 in 1,000. Pictures are
-near where their difference hashes are (at most 4 of 64 bits).
+bigrams; case and punctuation aside). Candidates are found by their rarest word pairs (prefix filtering; Bayardo, Ma and
+Srikant 2007, "Scaling up all pairs similarity search"), which misses none, and then compared. Pictures are near where
+their difference hashes are (at most 4 of 64 bits).
 """
 
 import io
 import itertools
+import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,7 @@ import PIL.Image
 
 from biasunlearn_trainer.data_builders.images import image_bytes, image_key
 
-NUM_BANDS, ROWS_PER_BAND = 8, 4
-# Of 32 minima at similarity 0.9 the share that agrees has a standard deviation of 0.05: four of them.
-SIGNATURE_MARGIN = 0.2
 MAX_DIFFERENT_BITS = 4
-_PRIME = (1 << 61) - 1
 _WORDS = re.compile(r"\w+")
 
 
@@ -77,55 +74,59 @@ class NearDuplicates:
     Args:
         rows: in the schema's columns.
         threshold: from which similarity on two texts are nearly the same, in (0, 1].
-        seed: of the hash functions.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]], threshold: float = 0.9, seed: int = 0):
+    def __init__(self, rows: Iterable[Mapping[str, Any]], threshold: float = 0.9):
         self.threshold = threshold
-        random = np.random.default_rng(seed)
-        # Of a * x + b only the lower 64 bits are kept; odd factors make it a permutation of them.
-        self._factors = random.integers(1, _PRIME, NUM_BANDS * ROWS_PER_BAND, dtype=np.uint64) | np.uint64(1)
-        self._offsets = random.integers(0, _PRIME, NUM_BANDS * ROWS_PER_BAND, dtype=np.uint64)
-        self._buckets: dict[tuple[int, bytes], list[int]] = {}
-        self._rows: list[tuple[np.ndarray, list]] = []
-        self._hashes: dict[Any, int] = {}
-        signatures = []
+        texts, self._images = [], {}
         for number, row in enumerate(rows):
-            words = shingles(row_text(row))
-            self._rows.append((words, row.get("images") or []))
-            signatures.append(self._signature(words))
-            for key in _bands(signatures[-1]):
-                self._buckets.setdefault(key, []).append(number)
-        self._signatures = np.array(signatures)
-        self._sizes = np.array([words.size for words, _ in self._rows])
+            texts.append(shingles(row_text(row)))
+            if row.get("images"):
+                self._images[number] = row["images"]
+        self._ends = np.cumsum([0, *(words.size for words in texts)])
+        self._shingles = np.concatenate([np.empty(0, np.uint32), *texts])
+        self._known, self._counts = np.unique(self._shingles, return_counts=True)
+        self._rows_with: dict[int, list[int]] = {}
+        for number in range(len(texts)):
+            for shingle in self._rarest(self._words(number)):
+                self._rows_with.setdefault(shingle, []).append(number)
+        self._hashes: dict[Any, int] = {}
 
-    def _signature(self, words: np.ndarray) -> np.ndarray:
-        mixed = words[:, None].astype(np.uint64) * self._factors + self._offsets
-        return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
+    def _words(self, number: int) -> np.ndarray:
+        return self._shingles[self._ends[number] : self._ends[number + 1]]
+
+    def _rarest(self, words: np.ndarray) -> list[int]:
+        """The shingles of which two texts at the threshold share one, whichever the others are.
+
+        They share at least `threshold` of this text's, so that of the rest and one more, in an order that holds for all
+        texts, one is shared; in the order of how rare they are it is shared with few others.
+        """
+        num = words.size - math.ceil(self.threshold * words.size - 1e-9) + 1
+        counts = np.zeros(words.size, np.int64)
+        if self._known.size:
+            places = np.minimum(np.searchsorted(self._known, words), self._known.size - 1)
+            counts = np.where(self._known[places] == words, self._counts[places], 0)
+        # Of two that are as rare the order of `words` decides, which is that of their hashes.
+        return words[np.argsort(counts, kind="stable")[:num]].tolist()
 
     def nearest(self, row: Mapping[str, Any], number: int = 0) -> NearDuplicate | None:
         """The most similar row at or above the threshold whose pictures are near too, or None."""
         words, images = shingles(row_text(row)), row.get("images") or []
-        found = [(similarity(words, self._rows[other][0]), -other) for other in self._candidates(words)]
+        found = [(value, -other) for other in self._candidates(words) if (value := self._similarity(words, other))]
         for value, other in sorted(found, reverse=True):
-            if value < self.threshold:
-                return None
-            if self._are_near(images, self._rows[-other][1]):
+            if self._are_near(images, self._images.get(-other, [])):
                 return NearDuplicate(number, -other, value)
         return None
 
-    def _candidates(self, words: np.ndarray) -> list[int]:
-        """The rows that share a band, without those whose size or signature says that they are too far."""
-        signature = self._signature(words)
-        shared = {other for key in _bands(signature) for other in self._buckets.get(key, ())}
-        if not shared:
-            return []
-        others = np.fromiter(shared, dtype=np.int64, count=len(shared))
-        sizes = self._sizes[others]
-        near_in_size = np.minimum(sizes, words.size) >= self.threshold * np.maximum(sizes, words.size)
-        others = others[near_in_size]
-        agreement = (self._signatures[others] == signature).mean(axis=1)
-        return others[agreement >= self.threshold - SIGNATURE_MARGIN].tolist()
+    def _candidates(self, words: np.ndarray) -> set[int]:
+        """The rows that share a rare shingle and are of a size that allows the similarity."""
+        shared = {other for shingle in self._rarest(words) for other in self._rows_with.get(shingle, ())}
+        least, most = self.threshold * words.size - 1e-9, words.size / self.threshold + 1e-9
+        return {other for other in shared if least <= self._ends[other + 1] - self._ends[other] <= most}
+
+    def _similarity(self, words: np.ndarray, other: int) -> float | None:
+        value = similarity(words, self._words(other))
+        return value if value >= self.threshold else None
 
     def _are_near(self, first: list, second: list) -> bool:
         if len(first) != len(second):
@@ -140,11 +141,6 @@ class NearDuplicates:
         if key not in self._hashes:
             self._hashes[key] = difference_hash(PIL.Image.open(io.BytesIO(image_bytes(image))))
         return self._hashes[key]
-
-
-def _bands(signature: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    for band in range(NUM_BANDS):
-        yield band, signature[band * ROWS_PER_BAND : (band + 1) * ROWS_PER_BAND].tobytes()
 
 
 def difference_hash(picture: PIL.Image.Image) -> int:

@@ -42,8 +42,8 @@ class RephraseText:
         keep_rows: let the row as it was through, too, before its rephrasing.
         meaning_model: a sentence-transformers model that checks the meaning; None: the other checks alone.
         min_similarity: of the two texts' embeddings, in -1..1. Default 0.75; look at the rejects to choose it.
-        attempts: how often a text is asked for at most: one whose rephrasing a check refuses is asked for again, with the
-            next template where there are several, the next seed, and at `retry_temperature`.
+        attempts: how often a text is asked for at most. One whose rephrasing a check refuses is asked for again: with
+            the next template where there are several, the next seed, and at `retry_temperature`.
         temperature: of sampling, in the first attempt; 0 decodes greedily.
         retry_temperature: in the others. Greedy decoding would say the same again, so that it must be above 0.
         max_tokens: of an answer.
@@ -109,7 +109,7 @@ class RephraseText:
             "max_tokens": max_tokens,
             "seed": seed,
         }
-        self.attempts, self._temperatures, self._seed = attempts, (temperature, retry_temperature), seed
+        self.max_attempts, self._temperatures, self._seed = attempts, (temperature, retry_temperature), seed
         self._meaning = MeaningCheck(meaning_model, min_similarity) if meaning_model else None
         if base_url is None:
             self.batch_size, self.concurrency = batch_size, 1

@@ -81,7 +81,7 @@ class Outcome:
         reason: why there is none; as in `Reject`.
         detail: as in `Reject`.
         final: False for a failure that another build may not meet (a timeout): it is not stored, and asked again.
-        retry: True for a reject that another attempt may better; stages with `attempts` get one while there are any.
+        retry: True for a reject that another attempt may better; see `max_attempts` of `ItemStage`.
     """
 
     row: Mapping[str, Any] | None = None
@@ -113,11 +113,13 @@ class ItemStage(Protocol):
 
     `batch_size` (default 1): rows that `do` gets at once, fewer in the last batch; a batch is stored when it is done.
     `concurrency` (default 1): threads that call `do` at the same time.
-    `attempts` (default 1): how often a row is asked for whose outcome says `retry`; with more than one, `do` is called
-        as `do(rows, attempt)`, from 0. Every attempt is stored, so that raising the number asks for the new ones alone.
+    `max_attempts` (default 1): how often a row is asked for whose outcome says `retry`; with more than one, the engine
+        calls `do(rows, attempt)`, from 0. Every attempt is stored: raising the number asks for the new ones alone.
     `folder`: where it is there, the engine sets it to a folder of the stage's own (pictures), before the first row.
     `keep_rows` (default False): every row goes on as it came, too, before what became of it.
     `where` (default empty): column and value, or values; a row without them goes on as it came and is not asked.
+    `is_shared` (default False): processes that were launched together share its items (`processes.py`).
+    `rows_from(row, columns)`: yields the rows that go on of a row and its outcome's, in place of `{**row, **columns}`.
     `close()`: called when the rows are through, or the build stops.
     """
 
@@ -191,15 +193,53 @@ def _without_rejects(rows: Iterable[dict | Reject], name: str, on_reject: Callab
 def _run_items(
     rows: Iterable[dict], stage: ItemStage, folder: Path, on_item: Callable[[Stage, bool, int], None]
 ) -> Iterator[dict | Reject]:
+    try:
+        with open_store(stage, folder) as store:
+            yield from _Items(stage, store, on_item).run(rows)
+    finally:
+        getattr(stage, "close", lambda: None)()
+
+
+def open_store(stage: ItemStage, folder: Path, part: str = "") -> Store:
+    """Opens the store of an item stage, and gives the stage its folder.
+
+    Args:
+        stage: its name and settings name the store.
+        folder: of all stores.
+        part: of a process's own store; without one, the parts that are there are taken in first.
+    """
     name = stage_id(stage)
     if hasattr(stage, "folder"):
         stage.folder = folder / name
         stage.folder.mkdir(parents=True, exist_ok=True)
+    store = Store(folder / f"{name}{part and '.'}{part}.jsonl")
+    if not part:
+        for path in sorted(folder.glob(f"{name}.*.jsonl")):
+            store.take_in(path)
+    return store
+
+
+def ask_for(rows: Iterable[dict], stage: ItemStage, folder: Path, part: str) -> None:
+    """Asks for rows and stores their outcomes in a part of the stage's store, for another process to take in."""
     try:
-        with Store(folder / f"{name}.jsonl") as store:
-            yield from _Items(stage, store, on_item).run(rows)
+        with open_store(stage, folder, part) as store:
+            for _ in _Items(stage, store, lambda *item: None).run(rows):
+                pass
     finally:
         getattr(stage, "close", lambda: None)()
+
+
+def pending_rows(rows: Iterable[dict], stage: ItemStage, folder: Path) -> Iterator[dict]:
+    """Yields, of rows that reach an item stage, those whose outcome is not stored, one for each key."""
+    with open_store(stage, folder) as store:
+        items, listed = _Items(stage, store, lambda *item: None), set()
+        for row in rows:
+            if not has_values(row, getattr(stage, "where", {})):
+                continue
+            key = stage.key(row)
+            if key not in listed and not items.is_stored(key):
+                listed.add(key)
+                yield row
 
 
 class _Items:
@@ -208,7 +248,7 @@ class _Items:
     def __init__(self, stage: ItemStage, store: Store, on_item: Callable[[Stage, bool, int], None]):
         self.stage, self.store, self.on_item = stage, store, on_item
         self.batch_size, self.concurrency = getattr(stage, "batch_size", 1), getattr(stage, "concurrency", 1)
-        self.attempts = getattr(stage, "attempts", 1)
+        self.max_attempts = getattr(stage, "max_attempts", 1)
         # Of each row under way its key (None where it only passes), and whether it was asked for before.
         self.rows: deque[tuple[dict, str | None, bool]] = deque()
         self.futures: dict[str, Future] = {}
@@ -232,7 +272,7 @@ class _Items:
             self.rows.append((row, None, False))
             return
         key = self.stage.key(row)
-        was_stored = key in self.futures or key in self.waiting or self._is_settled(*self._stored(key))
+        was_stored = key in self.futures or key in self.waiting or self.is_stored(key)
         self.rows.append((row, key, was_stored))
         if not was_stored:
             self.waiting[key] = row
@@ -247,20 +287,24 @@ class _Items:
     def _stored(self, key: str) -> tuple[Outcome | None, int]:
         """The outcome of the last attempt that is stored, and how many are."""
         outcome, attempt = None, 0
-        while attempt < self.attempts and _attempt_key(key, attempt) in self.store:
+        while attempt < self.max_attempts and _attempt_key(key, attempt) in self.store:
             outcome = Outcome(**self.store.get(_attempt_key(key, attempt)))
             attempt += 1
             if not outcome.retry:
                 break
         return outcome, attempt
 
+    def is_stored(self, key: str) -> bool:
+        """Whether nothing is to be asked for."""
+        return self._is_settled(*self._stored(key))
+
     def _is_settled(self, outcome: Outcome | None, attempts: int) -> bool:
-        return outcome is not None and (not outcome.retry or attempts >= self.attempts)
+        return outcome is not None and (not outcome.retry or attempts >= self.max_attempts)
 
     def _do(self, batch: dict[str, dict]) -> dict[str, Outcome]:
         """Asks for a batch until each row is settled, storing every attempt; returns what was not stored."""
         failed = {}
-        for attempt in range(self.attempts):
+        for attempt in range(self.max_attempts):
             reached = {key: self._stored(key) for key in batch}
             rows = {
                 key: row
@@ -279,7 +323,7 @@ class _Items:
     def _asked(self, rows: dict[str, dict], attempt: int) -> Iterator[tuple[str, Outcome]]:
         if not rows:
             return iter(())
-        numbered = (attempt,) if self.attempts > 1 else ()
+        numbered = (attempt,) if self.max_attempts > 1 else ()
         outcomes = list(self.stage.do(list(rows.values()), *numbered))
         if len(outcomes) != len(rows):
             raise ValueError(f"stage {self.stage.name} returned {len(outcomes)} outcomes for {len(rows)} rows.")
@@ -304,6 +348,8 @@ class _Items:
             yield row
         if outcome.row is None:
             yield Reject(row, outcome.reason, outcome.detail, attempts=attempts)
+        elif hasattr(self.stage, "rows_from"):
+            yield from self.stage.rows_from(row, outcome.row)
         else:
             yield {**row, **outcome.row}
 

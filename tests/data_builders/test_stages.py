@@ -119,7 +119,7 @@ def test_a_failure_that_is_not_final_is_asked_again(tmp_path):
 class Stubborn(Square):
     """Refuses an odd number until its last attempt; stops altogether at an attempt for a number."""
 
-    attempts = 3
+    max_attempts = 3
 
     def __init__(self, stop_at=None, **options):
         super().__init__(**options)
