@@ -1,26 +1,25 @@
 """From rows that came through the stages to a written set: splits, checks between them, Parquet, card."""
 
-import contextlib
 import dataclasses
 import errno
 import itertools
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, load_dataset
+import numpy as np
 
 from biasunlearn_trainer.data_builders.build_recipe import BuildRecipe, SplitSpec
 from biasunlearn_trainer.data_builders.card import BuildReport, SplitReport, write_card
 from biasunlearn_trainer.data_builders.contact_sheet import draw_contact_sheet
 from biasunlearn_trainer.data_builders.leakage import check_leakage
+from biasunlearn_trainer.data_builders.membership import Membership
 from biasunlearn_trainer.data_builders.near_duplicates import NearDuplicates, row_text
-from biasunlearn_trainer.data_builders.parts import deal_groups, draw, has_values
+from biasunlearn_trainer.data_builders.parts import has_values
 from biasunlearn_trainer.data_builders.sources.stereoset_format import StereoSetItem, write_json
 from biasunlearn_trainer.data_builders.stages import Reject
 from biasunlearn_trainer.data_builders.store import digest
@@ -29,6 +28,8 @@ from biasunlearn_trainer.data_builders.written_set import RowSpool, features_of,
 DATA_FOLDER, CARD, REJECTS, REPORT, SHEET = "data", "README.md", "rejects.jsonl", "build.json", "contact_sheet.png"
 SHEET_ROWS = 16
 NUM_SHOWN = 5
+INDEXED_ROWS = 50_000
+"""Rows to report that are compared at a time with those to train on: what bounds the memory of that check."""
 
 
 class BuildError(RuntimeError):
@@ -53,49 +54,19 @@ class Assembly:
     """
 
     def __init__(self, recipe: BuildRecipe, spool: RowSpool, folder: Path, on_reject, report: BuildReport):
-        self.recipe, self.spool, self.folder, self.report = recipe, spool, folder, report
+        self.spool, self.folder, self.report = spool, folder, report
         self.on_reject = on_reject
-        self.part_of = self._parts()
-        self.recipe = dataclasses.replace(recipe, splits=self._splits())
-        self.files = {name: f"{DATA_FOLDER}/{name}.parquet" for name in self.recipe.splits}
-        self.has_images = any(row.get("images") for row in spool)
-        self.dropped: dict[str, dict[int, tuple[str, str]]] = {name: {} for name in self.recipe.splits}
-
-    def _parts(self) -> dict[str, str]:
-        sizes: Counter[str] = Counter()
-        strata: dict[str, str] = {}
-        for row in self.spool:
-            sizes[row["part_group"]] += 1
-            # The least of a group's bias types, so that the order of its rows decides nothing.
-            bias_type = str(row.get("bias_type"))
-            # Of several sources each is spread evenly by itself.
-            if len(self.recipe.sources) > 1:
-                bias_type = f"{row['part_group'].partition(':')[0]}/{bias_type}"
-            strata[row["part_group"]] = min(bias_type, strata.get(row["part_group"], bias_type))
-        return deal_groups(sizes, strata, self.recipe.parts, self.recipe.seed)
-
-    def _splits(self) -> dict[str, SplitSpec]:
-        """Those that are not optional, and those that have rows."""
-        splits = self.recipe.splits.items()
-        return {name: split for name, split in splits if not split.optional or any(True for _ in self._chosen(split))}
+        membership = Membership(recipe, spool)
+        self.has_images = membership.has_images
+        # Of each split a flag a row, and nothing else of the rows, is held in memory.
+        self.members = {name: membership.rows_of(split) for name, split in recipe.splits.items()}
+        splits = {n: split for n, split in recipe.splits.items() if not split.optional or self.members[n].any()}
+        self.recipe = dataclasses.replace(recipe, splits=splits)
+        self.files = {name: f"{DATA_FOLDER}/{name}.parquet" for name in splits}
 
     def rows(self, name: str) -> Iterator[dict]:
         """The rows of a split, without those that a check dropped."""
-        dropped = self.dropped[name]
-        yield from (row for number, row in enumerate(self._drawn(name)) if number not in dropped)
-
-    def _drawn(self, name: str) -> Iterator[dict]:
-        split = self.recipe.splits[name]
-        if split.limit is None:
-            yield from self._chosen(split)
-            return
-        drawn = draw(range(sum(1 for _ in self._chosen(split))), split.limit, self.recipe.seed)
-        yield from (row for number, row in enumerate(self._chosen(split)) if number in drawn)
-
-    def _chosen(self, split: SplitSpec) -> Iterator[dict]:
-        for row in self.spool:
-            if split.part in (None, self.part_of[row["part_group"]]) and has_values(row, split.where):
-                yield row
+        return self.spool.chosen(self.members[name].tobytes())
 
     def _by_kind(self) -> tuple[list[str], list[str]]:
         kinds = {name: split_kind(name, split) for name, split in self.recipe.splits.items()}
@@ -103,43 +74,58 @@ class Assembly:
 
     def check_duplicates(self) -> None:
         """Finds rows that a split has twice, and rows to train on that are nearly rows to report."""
+        keys = np.fromiter(map(_text_key, self.spool), np.uint64, self.spool.num_rows)
         for name in self.recipe.splits:
-            seen: set[str] = set()
-            for number, row in enumerate(self._drawn(name)):
-                key = digest([row_text(row).casefold().split(), row["prompt"] == "", row.get("images")])
-                if key in seen:
-                    self._duplicate(name, number, row)
-                seen.add(key)
+            numbers = np.flatnonzero(self.members[name])
+            first = np.zeros(numbers.size, bool)
+            first[np.unique(keys[numbers], return_index=True)[1]] = True
+            self._duplicates(name, numbers[~first])
         trained, held_out = self._by_kind()
-        for other in held_out:
-            index = NearDuplicates(self.rows(other), self.recipe.near_duplicate_similarity) if trained else None
-            for name in trained:
-                self._near(name, other, index)
+        for name, other in itertools.product(trained, held_out):
+            self._near(name, other)
 
-    def _duplicate(self, name: str, number: int, row: dict) -> None:
-        if self.recipe.drop_duplicates:
-            self.dropped[name][number] = ("duplicate", "")
+    def _duplicates(self, name: str, numbers: np.ndarray) -> None:
+        if not numbers.size:
+            return
+        if not self.recipe.drop_duplicates:
+            self.report.duplicates[name] = numbers.size
+            return
+        for row in self._drop(name, numbers):
             self.on_reject(Reject(row, "duplicate", f"twice in {name}", "splits"))
-        else:
-            self.report.duplicates[name] = self.report.duplicates.get(name, 0) + 1
 
-    def _near(self, name: str, other: str, index: NearDuplicates) -> None:
-        found = []
-        for number, row in enumerate(self._drawn(name)):
-            if number not in self.dropped[name] and (near := index.nearest(row, number)):
-                found.append((near, row))
+    def _drop(self, name: str, numbers: Iterable[int]) -> Iterator[dict]:
+        """Takes rows out of a split, and yields them in order."""
+        dropped = np.zeros(self.spool.num_rows, bool)
+        dropped[list(numbers)] = True
+        self.members[name] &= ~dropped
+        return self.spool.chosen(dropped.tobytes())
+
+    def _near(self, name: str, other: str) -> None:
+        found: dict[int, float] = {}
+        numbers = np.flatnonzero(self.members[name])
+        reported = self.rows(other)
+        while indexed := list(islice(reported, INDEXED_ROWS)):
+            index, before = NearDuplicates(indexed, self.recipe.near_duplicate_similarity), len(indexed)
+            del indexed
+            for number, row in zip(numbers.tolist(), self.rows(name), strict=True):
+                if number not in found and (near := index.nearest(row, number)):
+                    found[number] = near.similarity
+            del index
+            if before < INDEXED_ROWS:
+                break
         self.report.near_duplicates[f"{name} and {other}"] = len(found)
         action = self.recipe.on_near_duplicate
         if found and action == "raise":
-            shown = [f"  - {near.similarity:.2f}: {row_text(row)!r:.160}" for near, row in found[:NUM_SHOWN]]
+            flags = np.isin(np.arange(self.spool.num_rows), list(found)[:NUM_SHOWN]).tolist()
+            rows = zip(sorted(list(found)[:NUM_SHOWN]), self.spool.chosen(flags), strict=True)
+            shown = [f"  - {found[number]:.2f}: {row_text(row)!r:.160}" for number, row in rows]
             raise BuildError(
                 f"{len(found)} row(s) of {name} are nearly rows of {other}; set `on_near_duplicate: drop` to leave "
                 "them out, or `part_by` to a column that keeps them together:\n" + "\n".join(shown)
             )
         if action == "drop":
-            for near, row in found:
-                self.dropped[name][near.row] = ("near duplicate", "")
-                detail = f"of row {near.other} of {other}, similarity {near.similarity:.2f}"
+            for number, row in zip(sorted(found), self._drop(name, found), strict=True):
+                detail = f"of a row of {other}, similarity {found[number]:.2f}"
                 self.on_reject(Reject(row, "near duplicate", detail, "splits"))
 
     def write(self) -> None:
@@ -166,19 +152,33 @@ class Assembly:
         return (row for row in self.rows(name) if row.get("images"))
 
     def check_leakage(self) -> None:
-        """Compares each split to train on with those to report and probe, as written; raises or lists."""
+        """Compares each split to train on with those to report and probe; raises or lists."""
         trained, held_out = self._by_kind()
-        with _loaded({name: self.folder / path for name, path in self.files.items()}) as sets:
-            for name, other in itertools.product(trained, held_out):
-                # In a set of these names the rejected answer counts, too: a forget row is a question's biased answer.
-                kind = split_kind(other, self.recipe.splits[other])
-                pair = {"trained": sets[name], kind: sets[other]}
-                leaks = check_leakage(pair, on_leak=self.recipe.on_leak, pairs=[("trained", kind)])
-                self.report.leaks[f"{name} and {other}"] = len(leaks)
+        for name, other in itertools.product(trained, held_out):
+            # In a set of these names the rejected answer counts, too: a forget row is a question's biased answer.
+            kind = split_kind(other, self.recipe.splits[other])
+            pair = {"trained": _Rows(self, name), kind: _Rows(self, other)}
+            leaks = check_leakage(pair, on_leak=self.recipe.on_leak, pairs=[("trained", kind)])
+            self.report.leaks[f"{name} and {other}"] = len(leaks)
 
     def write_card(self) -> None:
         """Writes the card beside the files."""
         (self.folder / CARD).write_text(write_card(self.report, self.files), encoding="utf-8")
+
+
+class _Rows:
+    """The rows of a split, read anew each time that they are gone through."""
+
+    def __init__(self, assembly: Assembly, name: str):
+        self._assembly, self._name = assembly, name
+
+    def __iter__(self) -> Iterator[dict]:
+        return self._assembly.rows(self._name)
+
+
+def _text_key(row: Mapping) -> int:
+    """64 bits of a row's words, however they are written, and its pictures."""
+    return int(digest([row_text(row).casefold().split(), row["prompt"] == "", row.get("images")])[:16], 16)
 
 
 def _counted(rows: Iterable[dict], counts: Mapping[str, Counter]) -> Iterator[dict]:
@@ -210,22 +210,6 @@ def _stereoset_items(rows: Iterable[dict]) -> Iterator[StereoSetItem]:
         texts = {polarity: row["completion"].strip() for polarity, row in sentences.items()}
         own = {name: first[name] for name in ("target", "bias_type", "task", "context")}
         yield StereoSetItem(id=first["source_id"], **own, **texts)
-
-
-@contextlib.contextmanager
-def _loaded(files: Mapping[str, Path]) -> Iterator[dict[str, Dataset]]:
-    """The written sets, read through a cache that goes when they are no longer needed."""
-    shown = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        with tempfile.TemporaryDirectory(dir=next(iter(files.values())).parent.parent) as cache:
-            yield {
-                name: load_dataset("parquet", data_files=str(path), split="train", cache_dir=cache)
-                for name, path in files.items()
-            }
-    finally:
-        if not shown:
-            enable_progress_bars()
 
 
 def move_into_place(partial: Path, folder: Path) -> None:

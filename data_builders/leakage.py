@@ -4,10 +4,12 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import PIL.Image
 from datasets import Dataset
 
@@ -64,34 +66,45 @@ def _text_keys(row: dict, both_answers: bool) -> list[bytes]:
     return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
 
 
-def _rows_by_text(dataset: Dataset | Sequence[dict], both_answers: bool) -> dict[bytes, list[int]]:
-    """Maps a digest of prompt and answer to the rows that have it; pictures are not read."""
+class _Keys:
+    """Of each answer in a set 64 bits of its text and the number of its row; pictures are not read.
+
+    Sixteen bytes an answer are all that is held of a set; what two sets share is then compared by whole digests.
+    """
+
+    def __init__(self, dataset: Dataset | Iterable[dict], both_answers: bool):
+        self._both_answers = both_answers
+        keys, rows = array("Q"), array("Q")
+        for number, row in enumerate(_without_pictures(dataset)):
+            for key in _text_keys(row, both_answers):
+                keys.append(int.from_bytes(key[:8], "big"))
+                rows.append(number)
+        self.keys, self._rows = np.array(keys, np.uint64), np.array(rows, np.int64)
+
+    def rows_with(self, shared: np.ndarray) -> list[int]:
+        """The rows of which a key is among the shared ones, in order."""
+        return np.unique(self._rows[np.isin(self.keys, shared)]).tolist()
+
+    def by_content(
+        self, dataset: Dataset | Iterable[dict], shared: np.ndarray, digest: Callable
+    ) -> dict[tuple, list[int]]:
+        """Maps the digest of text and pictures to the rows that have them, of rows with a shared key."""
+        numbers = self.rows_with(shared)
+        index: dict[tuple, list[int]] = {}
+        for number, row in zip(numbers, _rows_at(dataset, numbers), strict=True):
+            pictures = tuple(digest(image) for image in _images(row))
+            for key in _text_keys(row, self._both_answers):
+                index.setdefault((key, *pictures), []).append(number)
+        return index
+
+
+def _without_pictures(dataset: Dataset | Iterable[dict]) -> Iterable[dict]:
     if isinstance(dataset, Dataset) and "images" in dataset.column_names:
         dataset = dataset.remove_columns("images")
-    index: dict[bytes, list[int]] = {}
-    for number, row in enumerate(undecoded(dataset)):
-        for key in _text_keys(row, both_answers):
-            index.setdefault(key, []).append(number)
-    return index
+    return undecoded(dataset)
 
 
-def _rows_by_content(
-    dataset: Dataset | Sequence[dict], by_text: dict[bytes, list[int]], shared: set[bytes], digest: Callable
-) -> dict[tuple, list[int]]:
-    """The same for texts, pictures and all; only rows whose text is in `shared` have their pictures read."""
-    rows = sorted({row for key in shared for row in by_text[key]})
-    pictures = {
-        number: tuple(digest(image) for image in _images(row))
-        for number, row in zip(rows, _rows_at(dataset, rows), strict=True)
-    }
-    index: dict[tuple, list[int]] = {}
-    for key in shared:
-        for row in by_text[key]:
-            index.setdefault((key, *pictures[row]), []).append(row)
-    return index
-
-
-def _picture_digest(sets: Iterable[Dataset | Sequence[dict]]) -> Callable[[Any], bytes]:
+def _picture_digest(sets: Iterable[Dataset | Iterable[dict]]) -> Callable[[Any], bytes]:
     """How a picture's identity is taken: by its encoded bytes; by its pixels where a set holds decoded pictures."""
     plain = [rows for rows in sets if not isinstance(rows, Dataset)]
     by_pixels = any(isinstance(image, PIL.Image.Image) for rows in plain for row in rows for image in _images(row))
@@ -121,7 +134,7 @@ def _pixels(image: Any) -> bytes:
 
 
 def find_leakage(
-    sets: Mapping[str, Dataset | Sequence[dict]], pairs: Iterable[tuple[str, str]] = PAIRS_OF_SETS
+    sets: Mapping[str, Dataset | Iterable[dict]], pairs: Iterable[tuple[str, str]] = PAIRS_OF_SETS
 ) -> list[Leak]:
     """Names the rows that two sets share.
 
@@ -131,7 +144,7 @@ def find_leakage(
     and "probe" a row's `rejected` answer counts like its completion: a forget row holds a question's biased answer.
 
     Args:
-        sets: Sets by name.
+        sets: Sets by name; what is no `Dataset` is gone through more than once.
         pairs: Which names may not share rows; pairs with a name that is not in `sets` are passed over.
 
     Returns:
@@ -145,12 +158,12 @@ def find_leakage(
         raise ValueError(f"no pair of {list(pairs)} is among the sets {list(sets)}; nothing to compare")
     names = dict.fromkeys(name for pair in wanted for name in pair)
     digest = _picture_digest([sets[name] for name in names])
-    texts = {name: _rows_by_text(sets[name], name in EVALUATION_SETS) for name in names}
+    texts = {name: _Keys(sets[name], name in EVALUATION_SETS) for name in names}
     leaks = []
     for first, second in wanted:
-        shared = texts[first].keys() & texts[second].keys()
-        in_first = _rows_by_content(sets[first], texts[first], shared, digest)
-        in_second = _rows_by_content(sets[second], texts[second], shared, digest)
+        shared = np.intersect1d(texts[first].keys, texts[second].keys)
+        in_first = texts[first].by_content(sets[first], shared, digest)
+        in_second = texts[second].by_content(sets[second], shared, digest)
         first_row_of = {row: in_first[key][0] for key in in_first.keys() & in_second.keys() for row in in_second[key]}
         matches = sorted(first_row_of.items())
         shown = _rows_at(sets[first], [first_row for _, first_row in matches])
@@ -160,14 +173,17 @@ def find_leakage(
     return leaks
 
 
-def _rows_at(dataset: Dataset | Sequence[dict], indices: list[int]) -> Iterable[dict]:
+def _rows_at(dataset: Dataset | Iterable[dict], indices: list[int]) -> Iterable[dict]:
+    """The rows of these numbers, in the order in which they are asked for."""
     if isinstance(dataset, Dataset):
         return undecoded(dataset.select(indices))
-    return [dataset[index] for index in indices]
+    wanted = set(indices)
+    rows = {number: row for number, row in enumerate(dataset if wanted else ()) if number in wanted}
+    return [rows[number] for number in indices]
 
 
 def check_leakage(
-    sets: Mapping[str, Dataset | Sequence[dict]],
+    sets: Mapping[str, Dataset | Iterable[dict]],
     *,
     on_leak: str = "raise",
     num_shown: int = 5,

@@ -3,19 +3,17 @@
 import heapq
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from biasunlearn_trainer.data_builders.store import digest
 
 
-def deal_groups(
-    sizes: Mapping[str, int], strata: Mapping[str, Any], fractions: Mapping[str, float], seed: int
-) -> dict[str, str]:
+def deal_groups(sizes: Sequence[int], strata: Sequence[Any], fractions: Mapping[str, float], seed: int) -> list[str]:
     """Deals groups to parts so that each stratum has the shares, as nearly as whole groups allow.
 
     Args:
-        sizes: rows of each group.
+        sizes: rows of each group, the groups in the order of their names.
         strata: what is to be spread evenly, of each group (its bias type).
         fractions: share by part, positive, summing to 1.
         seed: of the order in which groups are dealt.
@@ -23,15 +21,14 @@ def deal_groups(
     Returns:
         The part of each group; the same whatever the order of the rows.
 
-    >>> sorted(deal_groups({"a": 1, "b": 1}, {"a": "age", "b": "age"}, {"x": 0.5, "y": 0.5}, 0).values())
+    >>> sorted(deal_groups([1, 1], ["age", "age"], {"x": 0.5, "y": 0.5}, 0))
     ['x', 'y']
     """
-    members: dict[str, list[str]] = {}
-    for group in sizes:
-        members.setdefault(str(strata[group]), []).append(group)
-    part_of = {}
+    members: dict[str, list[int]] = {}
+    for group, stratum in enumerate(strata):
+        members.setdefault(str(stratum), []).append(group)
+    part_of = [""] * len(sizes)
     for stratum, groups in sorted(members.items()):
-        groups = sorted(groups)
         random.Random(f"{seed}/{stratum}").shuffle(groups)
         total = sum(sizes[group] for group in groups)
         lacking = {part: fraction * total for part, fraction in fractions.items()}

@@ -57,6 +57,12 @@ class RowSpool:
             for line in file:
                 yield json.loads(line)
 
+    def chosen(self, wanted: Iterable[bool]) -> Iterator[dict]:
+        """Reads the rows for which `wanted`, which has a value a row, is true."""
+        with open(self.path, encoding="utf-8") as file:
+            for line in itertools.compress(file, wanted):
+                yield json.loads(line)
+
     def remove(self) -> None:
         """Removes the file."""
         self.path.unlink(missing_ok=True)

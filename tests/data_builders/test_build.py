@@ -125,11 +125,11 @@ def test_a_build_is_a_function_of_recipe_and_seed(tmp_path):
 
 
 def test_groups_are_dealt_whole_and_evenly():
-    sizes = {f"g{n}": 1 + n % 5 for n in range(100)}
-    parts = deal_groups(sizes, {g: sizes[g] % 2 for g in sizes}, {"a": 0.5, "b": 0.3, "c": 0.2}, seed=3)
+    sizes = [1 + n % 5 for n in range(100)]
+    parts = deal_groups(sizes, [size % 2 for size in sizes], {"a": 0.5, "b": 0.3, "c": 0.2}, seed=3)
     shares = Counter()
-    for group, part in parts.items():
-        shares[part] += sizes[group]
+    for size, part in zip(sizes, parts, strict=True):
+        shares[part] += size
     assert shares.total() == 300
     assert all(abs(shares[part] - want) <= 5 for part, want in (("a", 150), ("b", 90), ("c", 60)))
 
