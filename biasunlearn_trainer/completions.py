@@ -148,7 +148,7 @@ def _without_pictures(model: nn.Module) -> dict[str, Any]:
         )
     from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
-    width = model.get_input_embeddings().weight.shape[-1]
+    width = model.get_input_embeddings().embedding_dim
     nothing = torch.zeros(0, width, device=model.device, dtype=model.dtype)
     return {
         "pixel_values": None,

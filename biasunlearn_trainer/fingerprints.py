@@ -14,12 +14,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from biasunlearn_trainer.models import base_model, has_fresh_adapter, tokenizer_of
+from biasunlearn_trainer.sharding import gathered
 
 DIGEST_BYTES = 8
 
 
 def model_hash(model: nn.Module, skip_fresh_adapter: bool = True) -> str:
-    """Digest of all weights, by name, shape, type and content.
+    """Digest of all weights, by name, shape, type and content; where they are sharded, every process has to call it.
 
     Args:
         model: inside PEFT or not.
@@ -28,11 +29,12 @@ def model_hash(model: nn.Module, skip_fresh_adapter: bool = True) -> str:
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     fresh = skip_fresh_adapter and has_fresh_adapter(model)
-    for name, tensor in sorted(base_model(model).state_dict().items()):
+    for name, tensor in sorted(base_model(model).state_dict(keep_vars=True).items()):
         if fresh and "lora_" in name:
             continue
-        digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        with gathered(tensor):
+            digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from biasunlearn_trainer.sharding import num_weights
+
 GROUPS = ("language_model", "connector", "vision_tower")
 
 
@@ -67,7 +69,7 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
 def _groups_message(model: nn.Module, vision: nn.Module | None, decoder: nn.Module, names: dict[nn.Module, str]) -> str:
     """What was found of a model whose parts have no place of their own, and how to name them."""
     parts = ", ".join(
-        f"{name} ({sum(value.numel() for value in module.parameters()):,} weights)"
+        f"{name} ({sum(map(num_weights, module.parameters())):,} weights)"
         for name, module in _outer_parts(model)
     )
     found_vision = "none" if vision is None else repr(names[vision])
@@ -82,7 +84,7 @@ def _groups_message(model: nn.Module, vision: nn.Module | None, decoder: nn.Modu
 def _outer_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """A model's children; in place of a single one that holds all of them, that one's."""
     parts = [(name, module) for name, module in model.named_children() if any(True for _ in module.parameters())]
-    heaviest = max(parts, key=lambda part: sum(value.numel() for value in part[1].parameters()))
+    heaviest = max(parts, key=lambda part: sum(map(num_weights, part[1].parameters())))
     inner = [(f"{heaviest[0]}.{name}", module) for name, module in heaviest[1].named_children()]
     return [part for part in parts if part is not heaviest] + (inner or [heaviest])
 
@@ -110,7 +112,7 @@ def _checked_groups(model: nn.Module, override: Mapping[str, Sequence[str]]) -> 
 
 def _merger(vision: nn.Module, names: dict[nn.Module, str], decoder: nn.Module) -> list[str]:
     """A connector inside the image encoder (Qwen2-VL's merger): a child that ends in the text model's width."""
-    width = decoder.get_input_embeddings().weight.shape[1]
+    width = decoder.get_input_embeddings().embedding_dim
     mergers = []
     for child in vision.children():
         linears = [m for m in child.modules() if isinstance(m, nn.Linear)]

@@ -7,7 +7,6 @@ and the image placeholder from what the processor's chat template writes.
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from biasunlearn_trainer.groups import (
@@ -46,7 +44,6 @@ from biasunlearn_trainer.groups import (
 
 __all__ = [
     "ADAPTER_FILE",
-    "FSDP_VARIABLE",
     "GROUPS",
     "accept_published_names",
     "base_model",
@@ -57,7 +54,6 @@ __all__ = [
     "has_fresh_adapter",
     "image_placeholder",
     "image_token_id",
-    "is_sharded",
     "lays_image_tokens",
     "load_config",
     "load_model",
@@ -74,7 +70,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
-FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
 
 
 def load_config(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -199,11 +194,6 @@ def load_processor(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processing_class
-
-
-def is_sharded() -> bool:
-    """Whether training spreads the weights over the processes (ZeRO-3, FSDP)."""
-    return hf_deepspeed.is_deepspeed_zero3_enabled() or os.environ.get(FSDP_VARIABLE, "").lower() == "true"
 
 
 @contextmanager

@@ -25,8 +25,9 @@ from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions
 from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
-from biasunlearn_trainer.models import evaluating
-from biasunlearn_trainer.streams import modality_batches
+from biasunlearn_trainer.models import evaluating, load_model
+from biasunlearn_trainer.sharding import inference_engine, is_partitioned, running
+from biasunlearn_trainer.streams import dealt_batches
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,25 @@ class ModelReference:
 
     def __init__(self, model: nn.Module):
         self.model = model.eval().requires_grad_(False)
+        self._engine = inference_engine(model) if is_partitioned(model) else None
 
     @classmethod
     def of(cls, policy: nn.Module) -> ModelReference:
-        """A copy of the policy as it is now."""
-        return cls(copy.deepcopy(policy))
+        """A copy of the policy as it is now.
+
+        Raises:
+            ValueError: its weights are partitioned, so that they are loaded once more, and are not the policy's.
+        """
+        if not is_partitioned(policy):
+            return cls(copy.deepcopy(policy))
+        name = policy.config._name_or_path
+        loaded = load_model(name, dtype=policy.dtype)
+        if model_hash(loaded) != model_hash(policy):
+            raise ValueError(
+                f"Under ZeRO-3 the reference is loaded once more from {name!r}, and what lies there is not the policy "
+                "as it was given. Save the policy and load it from there, or give a reference_model."
+            )
+        return cls(loaded)
 
     def output(self, model: nn.Module, batch: dict[str, Tensor]) -> CompletionOutput:
         """One forward pass of the reference over a stream's batch."""
@@ -132,10 +147,12 @@ class ReferenceBuilder:
         state = self.accelerator
         device = next(self.model.parameters()).device
         logps = torch.zeros(len(rows), device=device)
-        batches = modality_batches(rows, self.batch_size)[state.process_index :: state.num_processes]
-        with evaluating(self.model):
-            for batch_rows in tqdm(batches, desc=f"Reference log-probabilities, {name} set"):
+        batches = dealt_batches(rows, self.batch_size, state.process_index, state.num_processes)
+        with evaluating(self.model), running(self.model):
+            for batch_rows, counts in tqdm(batches, desc=f"Reference log-probabilities, {name} set"):
                 batch = self.collator([{**rows[i], "index": i} for i in batch_rows])
                 batch = {key: value.to(device) for key, value in batch.items()}
-                logps[torch.tensor(batch_rows, device=device)] = forward_completions(self.model, batch).logps
+                found = forward_completions(self.model, batch).logps
+                if counts:
+                    logps[torch.tensor(batch_rows, device=device)] = found
         return state.reduce(logps, "sum").cpu()

@@ -279,9 +279,38 @@ def modality_batches(
         batch_size: rows of a batch, at most.
         numbers: (n,) the order in which rows are taken; the set's own where None.
     """
+    return [batch for batches in _by_modality(rows, batch_size, numbers) for batch in batches]
+
+
+def dealt_batches(
+    rows: Sequence[Mapping[str, Any]], batch_size: int, rank: int, num_ranks: int
+) -> list[tuple[list[int], bool]]:
+    """Deals the batches of a set to processes that go in step, as sharded weights need it.
+
+    Args:
+        rows: the set.
+        batch_size: rows of a batch, at most.
+        rank: of the process that asks.
+        num_ranks: number of processes.
+
+    Returns:
+        Row numbers of each of the rank's batches, and whether they count: the last batches, where they are too few for
+        all ranks, are repeated on the others. At one place of the list all ranks have batches of one modality.
+    """
+    dealt = []
+    for batches in _by_modality(rows, batch_size, None):
+        for start in range(0, len(batches), num_ranks):
+            mine = start + rank
+            dealt.append((batches[min(mine, len(batches) - 1)], mine < len(batches)))
+    return dealt
+
+
+def _by_modality(
+    rows: Sequence[Mapping[str, Any]], batch_size: int, numbers: np.ndarray | None
+) -> list[list[list[int]]]:
     numbers = np.arange(len(rows)) if numbers is None else numbers
     pictured = has_images(rows)[numbers]
-    batches = []
-    for indices in (numbers[pictured], numbers[~pictured]):
-        batches += [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
-    return batches
+    return [
+        [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
+        for indices in (numbers[pictured], numbers[~pictured])
+    ]

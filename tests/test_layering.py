@@ -16,16 +16,20 @@ OURS = {
     "torchvision_operators": (),
     "version": (),
     "cache": (),
+    "checkpoints": (),
+    "guards": ("checkpoints",),
     "losses": ("losses",),
-    "groups": (),
+    "groups": ("sharding",),
     "models": ("groups", "models"),
     "streams": ("streams",),
+    "sharding": (),
+    "untouched": (),
     "completions": ("losses", "completions"),
-    "fingerprints": ("models",),
+    "fingerprints": ("models", "sharding"),
     "transfer": ("models",),
     "converters": ("models",),
     "collators": ("models", "collators"),
-    "reference": ("cache", "models", "collators", "completions", "fingerprints", "streams"),
+    "reference": ("cache", "models", "collators", "completions", "fingerprints", "sharding", "streams"),
     "saliency": ("losses", "cache", "models", "collators", "completions", "fingerprints", "streams", "saliency"),
     "saliency.changes": ("models", "transfer", "saliency"),
     "saliency.heatmap": ("eval.report", "saliency"),
@@ -40,6 +44,10 @@ OURS = {
         "fingerprints",
         "reference",
         "saliency",
+        "sharding",
+        "untouched",
+        "checkpoints",
+        "guards",
         "trainers",
     ),
     "testbed": (
@@ -85,7 +93,7 @@ OURS = {
     ),
     "eval.run": ("models", "collators", "eval", "version"),
     "eval": ("eval",),
-    "probes": ("eval", "models"),
+    "probes": ("eval", "guards", "models"),
     "model_filter": ("data_builders", "eval", "models"),
     "guidance": ("cache", "models", "fingerprints", "eval", "data_builders", "guidance"),
     "recipe": None,
@@ -167,7 +175,7 @@ def test_imports_keep_to_their_layer(module, path):
 
 
 def test_a_method_imports_no_other_method():
-    shared = {"base", "config", "masking", "referring", "steering"}
+    shared = {"base", "checkpointing", "config", "masking", "referring", "steering"}
     for module, path in MODULES:
         name = module.removeprefix(f"{PACKAGE}.trainers.")
         if name == module or name in shared | {"registry"}:

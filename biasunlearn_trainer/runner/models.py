@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from transformers.integrations import deepspeed as hf_deepspeed
 from trl import get_quantization_config
 
-from biasunlearn_trainer.models import FSDP_VARIABLE, is_sharded, load_model
+from biasunlearn_trainer.models import load_model
 from biasunlearn_trainer.recipe import Recipe
+from biasunlearn_trainer.sharding import is_sharded
 
 
 def load_for_run(recipe: Recipe, source: str) -> torch.nn.Module:
@@ -36,20 +32,3 @@ def load_for_run(recipe: Recipe, source: str) -> torch.nn.Module:
         trust_remote_code=recipe.run.trust_remote_code,
     )
     return loaded if quantization is not None or is_sharded() else loaded.to(recipe.training.device)
-
-
-@contextmanager
-def whole_weights() -> Iterator[None]:
-    """Models loaded inside are whole on every process, even where training shards them.
-
-    `from_pretrained` looks at two globals: DeepSpeed's config (ZeRO-3 partitions while loading) and FSDP's environment
-    variable (all ranks but the first load nothing).
-    """
-    config, fsdp = hf_deepspeed._hf_deepspeed_config_weak_ref, os.environ.pop(FSDP_VARIABLE, None)
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = config
-        if fsdp is not None:
-            os.environ[FSDP_VARIABLE] = fsdp

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -32,10 +33,13 @@ from biasunlearn_trainer.models import (
 )
 from biasunlearn_trainer.reference import PrecomputedReference
 from biasunlearn_trainer.saliency import SaliencyMask
-from biasunlearn_trainer.streams import DrawSampler, PairedStreams, modality_batches
+from biasunlearn_trainer.sharding import is_sharded, running
+from biasunlearn_trainer.streams import DrawSampler, PairedStreams, dealt_batches
+from biasunlearn_trainer.trainers.checkpointing import Checkpointing
 from biasunlearn_trainer.trainers.config import KLConfig, RetainChoiceConfig, RetainConfig, UnlearnConfig
 from biasunlearn_trainer.trainers.masking import SaliencyMasking
 from biasunlearn_trainer.trainers.referring import ReferencePolicy
+from biasunlearn_trainer.untouched import UntouchedWeights
 
 __all__ = [
     "KLConfig",
@@ -80,7 +84,7 @@ class SequenceLogps:
         return self.output.lengths
 
 
-class UnlearnTrainer(SaliencyMasking, ReferencePolicy, Trainer):
+class UnlearnTrainer(Checkpointing, SaliencyMasking, ReferencePolicy, Trainer):
     """Base of the unlearning trainers.
 
     A method overrides `loss_terms`, and `streams` and `references` where it needs more than the forget set. (Overriding
@@ -177,6 +181,7 @@ class UnlearnTrainer(SaliencyMasking, ReferencePolicy, Trainer):
         self.loss_is_scaled_for_ga = True if type(self).compute_loss is UnlearnTrainer.compute_loss else None
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, Tensor] = {}
+        self._untouched = UntouchedWeights(self.model)
         self._begin_reference(reference_model)
         self._begin_masking(self.model, saliency_mask, preserve_dataset)
 
@@ -333,8 +338,12 @@ class UnlearnTrainer(SaliencyMasking, ReferencePolicy, Trainer):
                 accumulated global batch; None counts this micro-batch alone.
         """
         self._batch_counts = num_items_in_batch or self._count([inputs])
-        terms = self.loss_terms(model, self.arrange(inputs))
+        batch = self.arrange(inputs)
+        terms = self.loss_terms(model, batch)
         loss = sum(self.weight(name) * self._normalised(name, term) for name, term in terms.items())
+        if loss.requires_grad and not is_sharded():
+            pictured = frozenset((name, "pixel_values" in part) for name, part in batch.items())
+            loss = self._untouched.complete(loss, pictured)
         for name, term in terms.items():
             self.record(name, term)
         return (loss, terms) if return_outputs else loss
@@ -410,13 +419,15 @@ class UnlearnTrainer(SaliencyMasking, ReferencePolicy, Trainer):
         return metrics
 
     def _mean_nll(self, rows: Rows) -> float:
-        batches = modality_batches(rows, self.args.per_device_eval_batch_size)
-        total = torch.zeros(2, device=self.args.device)
-        with evaluating(self.model):
-            for numbers in batches[self.args.process_index :: self.args.world_size]:
+        args = self.args
+        batches = dealt_batches(rows, args.per_device_eval_batch_size, args.process_index, args.world_size)
+        total = torch.zeros(2, device=args.device)
+        with evaluating(self.model), running(self.model) if self.deepspeed is None else nullcontext():
+            for numbers, counts in batches:
                 batch = self._prepare_inputs(self.collator([{**rows[i], "index": i} for i in numbers]))
                 output = forward_completions(self.model, batch)
-                total += torch.stack([nll_loss(output.token_logps, output.mask).sum(), total.new_tensor(len(numbers))])
+                losses = nll_loss(output.token_logps, output.mask)
+                total += counts * torch.stack([losses.sum(), total.new_tensor(len(numbers))])
         total = self.accelerator.reduce(total, "sum")
         return (total[0] / total[1]).item()
 
@@ -458,8 +469,15 @@ class UnlearnTrainer(SaliencyMasking, ReferencePolicy, Trainer):
             model.enable_input_require_grads()  # or checkpointed blocks before the first adapter would pass no gradient
         return get_peft_model(model, peft_config)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; reference and saliency mask are made of the model as it is before any checkpoint is loaded."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; reference and saliency mask are made of the model as it is before any checkpoint is loaded, or are the
+        checkpoint's.
+
+        Raises:
+            CheckpointError: there is nothing to continue from, or a checkpoint cannot be written.
+            TrainingFault: a gradient or weight is no number.
+        """
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
         self.prepare_reference()
         self.prepare_saliency()
-        return super().train(*args, **kwargs)
+        return super().train(checkpoint, *args, **kwargs)

@@ -139,6 +139,13 @@ class UnlearnConfig(TrainingArguments):
     saliency_cache_dir: str | None = field(
         default=None, metadata={"help": "Where masks are kept. None: `saliency` in the library's cache folder."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "DDP's own search looks at one forward pass at a time and is wrong about two before one backward "
+            "pass; weights that a step leaves out are found by the trainer itself."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Columns are read by name by the collator; rows must reach it whole."},

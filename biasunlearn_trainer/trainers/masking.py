@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from biasunlearn_trainer.models import is_sharded
 from biasunlearn_trainer.saliency import GradientMask, SaliencyBuilder, SaliencyMask
 from biasunlearn_trainer.saliency.building import weights_digest
 from biasunlearn_trainer.saliency.gradients import RestoreProtected
+from biasunlearn_trainer.sharding import is_sharded
 from biasunlearn_trainer.trainers.config import BUILT_MASKS, UnlearnConfig
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,12 @@ class SaliencyMasking:
         logger.info("The saliency mask lets %.1f %% of the weights through.", 100 * self.saliency_mask.density)
 
     def _made_mask(self) -> SaliencyMask:
-        given, args = self._given_mask, self.args
+        given, args, kept = self._given_mask, self.args, self._kept_mask()
+        if kept is not None:
+            mask = SaliencyMask.load(kept)
+            # The weights that it was made from are those of the run's start; of these only the names are left.
+            mask.check(self.model, mask.provenance.get("model", ""))
+            return mask
         if given not in BUILT_MASKS:
             mask = given if isinstance(given, SaliencyMask) else SaliencyMask.load(given)
             mask.check(self.model, weights_digest(self.model))
