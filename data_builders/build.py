@@ -4,6 +4,7 @@
     python -m biasunlearn_trainer.data_builders.build RECIPE.yaml --preview 5           # shows five rows a source
     python -m biasunlearn_trainer.data_builders.build RECIPE.yaml --seed 1 --sources.0.path my.jsonl
     python -m biasunlearn_trainer.data_builders.build RECIPE.yaml --push_to_hub OWNER/NAME
+    accelerate launch -m biasunlearn_trainer.data_builders.build RECIPE.yaml            # pictures on several devices
 
 What an expensive stage was answered is stored as it comes: a build that was killed continues when the same command is
 run again, and asks for nothing twice.
@@ -15,6 +16,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import sys
 from collections import Counter
@@ -45,6 +47,7 @@ from biasunlearn_trainer.data_builders.card import BuildReport
 from biasunlearn_trainer.data_builders.catalogue import SOURCES, sharing_fault
 from biasunlearn_trainer.data_builders.contact_sheet import draw_contact_sheet
 from biasunlearn_trainer.data_builders.near_duplicates import plain_text
+from biasunlearn_trainer.data_builders.processes import Processes, share
 from biasunlearn_trainer.data_builders.schema import InvalidDataset
 from biasunlearn_trainer.data_builders.stages import Reject, Stage, StageError, run_stages
 from biasunlearn_trainer.data_builders.store import Store, StoreError
@@ -147,12 +150,13 @@ def preview(recipe: BuildRecipe, num_rows: int) -> list[dict]:
     return [*_through_stages(rows, recipe, counts), *left_out]
 
 
-def build(recipe: BuildRecipe, show_progress: bool = True) -> BuildReport:
+def build(recipe: BuildRecipe, show_progress: bool = True, processes: Processes | None = None) -> BuildReport:
     """Builds the set of a recipe into its `output_dir`.
 
     Args:
         recipe: checked.
         show_progress: a progress bar where the output is a terminal.
+        processes: that share the expensive items; the others call `processes.share`. None: this one is alone.
 
     Returns:
         What was found and written; `README.md`, `build.json`, `rejects.jsonl` and `data/SPLIT.parquet` say the same.
@@ -168,6 +172,8 @@ def build(recipe: BuildRecipe, show_progress: bool = True) -> BuildReport:
         partial.mkdir(parents=True, exist_ok=True)
         # The lock of this store keeps a second build of the same set away.
         with Store(cache / LOCK), open(partial / REJECTS, "w", encoding="utf-8") as rejects:
+            if processes is not None and processes.count > 1:
+                share(processes, recipe.stages, cache, lambda: _all_rows(recipe, _Counts()))
             return _build(recipe, folder, partial, _Counts(rejects), rejects, show_progress)
     except OSError as err:
         if isinstance(err, FileNotFoundError | ConnectionError):
@@ -312,26 +318,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Builds what the command line asks for; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     options, overrides = build_parser().parse_known_args(argv)
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
         if options.preview is not None and options.preview < 1:
             raise BuildError(f"`--preview` must be 1 or more, got {options.preview}.")
         recipe = read_build_recipe(options.recipe, overrides)
         if options.push_to_hub:
             refuse_unshareable(recipe)
-        if options.preview:
+    except (BuildRecipeError, BuildError, InvalidDataset, ValueError, OSError) as err:
+        if is_main:
+            print(err, file=sys.stderr)
+        return 1
+    try:
+        if not options.preview:
+            return _build_together(recipe, options.push_to_hub)
+        if is_main:
             _print_preview(preview(recipe, options.preview), recipe)
-            return 0
-        report = build(recipe)
-        for name, split in report.splits.items():
-            print(f"{Path(recipe.output_dir) / DATA_FOLDER / name}.parquet: {split.num_rows} rows")
-        for stage, reasons in report.rejects.items():
-            print(f"left out by {stage}: " + ", ".join(f"{reason} {count}" for reason, count in reasons.items()))
-        if options.push_to_hub:
-            print(push_to_hub(recipe, options.push_to_hub))
-    except (BuildRecipeError, BuildError, StageError, StoreError, InvalidDataset, ValueError, OSError) as err:
+    except (BuildError, StageError, StoreError, InvalidDataset, ValueError, OSError) as err:
         print(err, file=sys.stderr)
         return 1
     return 0
+
+
+def _build_together(recipe: BuildRecipe, repo_id: str | None) -> int:
+    processes = Processes()
+    if processes.is_main:
+        _build_and_tell(recipe, repo_id, processes)
+    else:
+        share(processes, recipe.stages, Path(recipe.cache_dir))
+    processes.leave()
+    return 0
+
+
+def _build_and_tell(recipe: BuildRecipe, repo_id: str | None, processes: Processes) -> None:
+    report = build(recipe, processes=processes)
+    for name, split in report.splits.items():
+        print(f"{Path(recipe.output_dir) / DATA_FOLDER / name}.parquet: {split.num_rows} rows")
+    for stage, reasons in report.rejects.items():
+        print(f"left out by {stage}: " + ", ".join(f"{reason} {count}" for reason, count in reasons.items()))
+    if repo_id:
+        print(push_to_hub(recipe, repo_id))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ question can be answered at all: what the task `planted` reads.
 import functools
 import gzip
 import importlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -137,14 +138,18 @@ def bbq_rows(path: str) -> list[dict]:
 
 
 def pairs_rows(path: str, *, sections: list[str] = list(pairs.SECTIONS)) -> list[dict]:  # noqa: B006, never changed
-    """Three rows a picture: the stereotyped guess, the other one, and that it cannot be known."""
+    """Three rows a picture: the stereotyped guess, the other one, and that it cannot be known.
+
+    `scene` says in words what is seen, for stages that draw it anew.
+    """
     images = pairs.read_pairs(Path(path).resolve(), sections)
+    scenes = [image.scene for image in images]
     biased = pairs.to_rows(images, "stereotype")
     rows = [{**row, "rejected": None, "kind": "ambiguous"} for row in biased]
     for polarity in ("anti_stereotype", "neutral"):
         others = zip(pairs.to_rows(images, polarity), biased, strict=True)
         rows += [{**row, "rejected": other["completion"], "kind": "ambiguous"} for row, other in others]
-    return rows
+    return [{**row, "scene": scene} for row, scene in zip(rows, itertools.cycle(scenes), strict=False)]
 
 
 def passage_rows(path: str, *, num_words: int = 40, seed: int = 0, source: str | None = None) -> list[dict]:
@@ -236,6 +241,8 @@ STAGES = {
     "counterfactual": "biasunlearn_trainer.data_builders.counterfactual:Counterfactuals",
     "caption_prompts": "biasunlearn_trainer.data_builders.prompt_templates:CaptionPrompts",
     "debias_benchmark": "biasunlearn_trainer.data_builders.debias_benchmark:DebiasBenchmark",
+    "counterfactual_image": "biasunlearn_trainer.data_builders.counterfactual_image:CounterfactualImages",
+    "rephrase_image": "biasunlearn_trainer.data_builders.rephrase_image:RephraseImage",
     "rephrase_text": "biasunlearn_trainer.data_builders.rephrase_text:RephraseText",
 }
 """Stages by the name that a recipe uses. What a class takes when it is made, a recipe sets beside the name."""

@@ -103,6 +103,17 @@ class Store:
             self._places[key] = (self._end, len(line))
             self._end += len(line)
 
+    def take_in(self, path: Path) -> None:
+        """Moves the values of another store into this one and removes its file.
+
+        Raises:
+            StoreError: as for opening it; a process that still writes to it keeps it.
+        """
+        with Store(path) as other:
+            for key in other._places:
+                self.put(key, other.get(key))
+            path.unlink()
+
     def _write(self, line: bytes) -> None:
         written = 0
         while written < len(line):

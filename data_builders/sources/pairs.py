@@ -81,6 +81,11 @@ class PairsImage:
         """Joins the four pictures of a scenario: "status/bus"."""
         return f"{self.section}/{self.scenario}"
 
+    @property
+    def scene(self) -> str:
+        """What to draw to get such a picture: "a photo of a black woman, bus". The words are those of its path."""
+        return f"a photo of a {self.race} {self.gender}, {self.scenario.replace('_', ' ')}"
+
 
 def read_pairs(folder: str | Path, sections: Sequence[str] = SECTIONS) -> list[PairsImage]:
     """Finds the pictures of PAIRS.
