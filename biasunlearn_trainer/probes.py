@@ -1,4 +1,4 @@
-"""Callbacks that watch a run: probes measure tasks during training, the collapse guard judges them and the loss.
+"""Callbacks that watch a run: probes measure tasks during training; `guards` judges what they find.
 
 A probe leaves no trace in the weights: train mode and every random state are put back, so that a run with probes ends
 bit-identical with the same run without them.
@@ -7,8 +7,7 @@ bit-identical with the same run without them.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,16 +15,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.eval.tasks.stereoset import StereoSetTask
+from biasunlearn_trainer.guards import PROBE
 from biasunlearn_trainer.models import undisturbed
 
 logger = logging.getLogger(__name__)
-
-PROBE = "probe/"
-LOSS_PREFIXES = ("loss/", "kl/")
-RETAINED_METRICS = frozenset(
-    {"disambiguated", "perception", "facts", "lms", "retain_vqa", "retain_qa", "real_vqa", "real_qa"}
-)
-"""Metrics of what a model should still be able to do; the guard watches these among a task's metrics."""
 
 
 class ProbeCallback(TrainerCallback):
@@ -115,72 +108,3 @@ class StereoSetProbe:
     def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Returns `ss`, `lms` (percent, averaged over target terms) and `num_items` by bias type; collective."""
         return self.task.by_bias_type(self.task.run(Scorer(model, self.processing_class, batch_size=self.batch_size)))
-
-
-class CollapseGuard(TrainerCallback):
-    """Warns, or stops the run, when retained abilities or the loss leave their bounds.
-
-    Args:
-        min_retained: lowest accepted share (0 to 1) of a retained metric's first probe; None does not look.
-        max_loss: largest accepted size, in nats, of the loss and of each of its parts; None does not look.
-        action: `warn` or `stop`. A loss that is NaN or infinite stops the run in both cases.
-
-    Attributes:
-        messages: what was said so far, in order.
-    """
-
-    def __init__(self, min_retained: float | None = 0.9, max_loss: float | None = 50.0, action: str = "warn"):
-        if action not in ("warn", "stop"):
-            raise ValueError(f"`action` must be warn or stop, got {action!r}.")
-        self.min_retained = min_retained
-        self.max_loss = max_loss
-        self.action = action
-        self.messages: list[str] = []
-        self._outside: set[str] = set()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any], **kwargs
-    ) -> None:
-        """Judges every record of the log."""
-        for name, value in logs.items():
-            if name == "loss" or name.startswith(LOSS_PREFIXES) or name == "grad_norm":
-                self._judge_loss(name, float(value), state, control)
-            elif name.startswith(PROBE) and name.rpartition("/")[2] in RETAINED_METRICS:
-                self._judge_retained(name, float(value), state, control)
-
-    def _judge_loss(self, name: str, value: float, state: TrainerState, control: TrainerControl) -> None:
-        if not math.isfinite(value):
-            message = (
-                f"step {state.global_step}: {name} is {value}, the run stops. Lower learning_rate, or train in float32."
-            )
-            self._say(message, control, stop=True)
-        elif self.max_loss is not None and name != "grad_norm":
-            message = (
-                f"step {state.global_step}: {name} is {value:.4g}, past the bound of {self.max_loss:g} nats "
-                "(guard_max_loss): the loss runs away. Lower learning_rate, or use npo in place of ga."
-            )
-            self._judge(name, abs(value) > self.max_loss, message, control)
-
-    def _judge_retained(self, name: str, value: float, state: TrainerState, control: TrainerControl) -> None:
-        first = next((record[name] for record in state.log_history if name in record), value)
-        if self.min_retained is None:
-            return
-        message = (
-            f"step {state.global_step}: {name.removeprefix(PROBE)} fell to {value:.2f} from {first:.2f} at the first "
-            f"probe; the bound is {self.min_retained * first:.2f} (guard_min_retained {self.min_retained:g}). The "
-            "model loses what it should keep. Lower learning_rate, raise retain_weight, or stop earlier."
-        )
-        self._judge(name, value < self.min_retained * first, message, control)
-
-    def _judge(self, name: str, is_outside: bool, message: str, control: TrainerControl) -> None:
-        """Speaks once when a value leaves its bounds, and again only after it has been back inside."""
-        if is_outside and name not in self._outside:
-            self._say(message, control, stop=self.action == "stop")
-        (self._outside.add if is_outside else self._outside.discard)(name)
-
-    def _say(self, message: str, control: TrainerControl, stop: bool) -> None:
-        if stop:
-            control.should_training_stop = True
-            message += " Training stops here."
-        self.messages.append(message)
-        logger.warning(message)

@@ -10,7 +10,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from biasunlearn_trainer.eval.schema import MetricValue, TaskResult
 from biasunlearn_trainer.models import load_model, load_processor
-from biasunlearn_trainer.probes import CollapseGuard, ProbeCallback, undisturbed
+from biasunlearn_trainer.guards import CollapseGuard
+from biasunlearn_trainer.probes import ProbeCallback, undisturbed
 from biasunlearn_trainer.trainers.ga_diff import GADiffConfig, GADiffTrainer
 
 FORGET = [{"prompt": f"Who was late {i}?", "completion": " The tall one."} for i in range(4)]

@@ -191,6 +191,20 @@ class RunConfig:
             "switches it off."
         },
     )
+    guard_max_perplexity: float | None = dataclasses.field(
+        default=2.0,
+        metadata={
+            "help": "The guard speaks when a probed perplexity exceeds this many times its value at step 0. Where it "
+            "has doubled, language is being lost; null switches it off."
+        },
+    )
+    guard_max_grad_growth: float | None = dataclasses.field(
+        default=100.0,
+        metadata={
+            "help": "The guard speaks when the gradient's norm, before clipping, exceeds this many times the median of "
+            "the logged norms before it (five at least). Rows differ by a factor of ten; null switches it off."
+        },
+    )
     guard_action: Literal["warn", "stop"] = dataclasses.field(
         default="warn",
         metadata={"help": "What the guard does beside its message; a loss that is not a number always stops the run."},
@@ -227,6 +241,8 @@ class RunConfig:
             "case_studies": (0, None),
             "guard_min_retained": (0, 1),
             "guard_max_loss": (0, None),
+            "guard_max_perplexity": (1, None),
+            "guard_max_grad_growth": (1, None),
         }
         faults = []
         for name, (low, high) in bounds.items():

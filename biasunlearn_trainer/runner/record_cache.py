@@ -44,11 +44,11 @@ class RecordCache:
     """Records of a model by task.
 
     Args:
-        folder: where they are kept; None for `cache_home() / "records"`.
+        folders: where they are kept, in each of them; `cache_home() / "records"` where none is named.
     """
 
-    def __init__(self, folder: str | os.PathLike | None = None):
-        self.folder = Path(folder) if folder else cache_home() / "records"
+    def __init__(self, *folders: str | os.PathLike):
+        self.folders = [Path(folder) for folder in folders] or [records_home()]
 
     def run(self, tasks: Sequence[Any], scorer: Scorer, answers: bool) -> dict[str, list[dict]]:
         """Each task's records, from disk where they are there; every process has to call it.
@@ -68,18 +68,18 @@ class RecordCache:
         if not len(task.rows):
             return task.run(scorer, answers=answers)
         said = f"{model} {type(task).__qualname__} {task.name} {content_fingerprint(task.rows)}"
-        path = self.folder / f"{hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}.json"
+        name = f"{hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}.json"
+        paths = [folder / name for folder in self.folders]
         # The main process decides for all: on another machine the file may be missing, and a task that some processes
         # run and others do not would wait forever.
         is_main = PartialState().is_main_process
-        (known,) = broadcast_object_list([_read(path) if is_main else None])
+        (known,) = broadcast_object_list([_read_any(paths) if is_main else None])
         if known is not None:
-            logger.info("%s: records of this model are known, %s", task.name, path)
-            return known
-        items = task.run(scorer, answers=answers)
-        if is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(items))
+            logger.info("%s: records of this model are known, %s", task.name, name)
+        items = task.run(scorer, answers=answers) if known is None else known
+        for path in paths if is_main else ():
+            if not path.is_file():
+                write_text(path, json.dumps(items))
         return items
 
     @staticmethod
@@ -97,5 +97,12 @@ class RecordCache:
         return json.dumps(parts)
 
 
-def _read(path: Path) -> list[dict] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def records_home() -> Path:
+    """Where records of all runs are kept."""
+    return cache_home() / "records"
+
+
+def _read_any(paths: Sequence[Path]) -> list[dict] | None:
+    """What the first of the files that is there holds."""
+    path = next((path for path in paths if path.is_file()), None)
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))

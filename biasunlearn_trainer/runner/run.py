@@ -12,9 +12,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from biasunlearn_trainer.eval.report import terminal_table, write_report
 from biasunlearn_trainer.eval.schema import EvalResult, save_results
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.fingerprints import model_hash
+from biasunlearn_trainer.guards import CollapseGuard
 from biasunlearn_trainer.models import load_config, load_processor
-from biasunlearn_trainer.probes import CollapseGuard, ProbeCallback, StereoSetProbe
+from biasunlearn_trainer.probes import ProbeCallback, StereoSetProbe
 from biasunlearn_trainer.recipe import Recipe, RecipeError, parse_recipe
 from biasunlearn_trainer.recipe.config import RunConfig
 from biasunlearn_trainer.runner.cases import case_candidates
@@ -42,13 +45,24 @@ from biasunlearn_trainer.runner.data import (
     resolve_testbed,
     training_set_tasks,
 )
-from biasunlearn_trainer.runner.folder import RESULTS_FILE, STATE_FILE, prepare_folder, write_records
+from biasunlearn_trainer.runner.failures import RunError, explained, left
+from biasunlearn_trainer.runner.folder import (
+    RECORDS_FOLDER,
+    RESULTS_FILE,
+    STATE_FILE,
+    check_same_start,
+    check_writable,
+    prepare_folder,
+    write_records,
+)
 from biasunlearn_trainer.runner.guidance import check_guidance, give_guidance
-from biasunlearn_trainer.runner.models import is_sharded, load_for_run, whole_weights
-from biasunlearn_trainer.runner.record_cache import RecordCache
+from biasunlearn_trainer.runner.interrupts import Interrupts
+from biasunlearn_trainer.runner.models import load_for_run
+from biasunlearn_trainer.runner.record_cache import RecordCache, records_home
 from biasunlearn_trainer.runner.saliency import add_to_report, write_mask_report
 from biasunlearn_trainer.runner.transfer import checked_adapter, describe_transfer, transfer
 from biasunlearn_trainer.saliency.distribution import Distribution
+from biasunlearn_trainer.sharding import is_fsdp, running, whole_weights
 from biasunlearn_trainer.trainers.registry import METHODS, get_method
 
 Items = dict[str, list[dict]]
@@ -61,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: `RECIPE.yaml [--key value ...]`; the process's own when None.
 
     Returns:
-        The exit status: 0, or 2 for a faulty recipe, dataset or model path, whose faults are on stderr.
+        The exit status: 0; 2 for a faulty recipe, dataset or model path, 1 for a run that broke off, both with what
+        happened on stderr; 130 or 143 after Ctrl-C or SIGTERM.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -69,13 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         method = arguments[arguments.index("--method") + 1] if "--method" in arguments[:-1] else next(iter(METHODS))
         TrlParser([RunConfig, ModelConfig, get_method(method)[1]], prog="recipes/run.py RECIPE.yaml").print_help()
         return 0
+    recipe, status = None, 0
     try:
-        run(parse_recipe(arguments))
-    except RecipeError as err:
+        recipe = parse_recipe(arguments)
+        run(recipe)
+    except (RecipeError, RunError, KeyboardInterrupt) as err:
+        status = {RecipeError: 2, RunError: 1}.get(type(err)) or getattr(err, "exit_status", 130)
         if os.environ.get("RANK", "0") == "0":
-            print(err, file=sys.stderr)
-        return 2
-    return 0
+            print(err if str(err) else "Interrupted.", file=sys.stderr)
+            if isinstance(err, KeyboardInterrupt) and recipe is not None:
+                print(left(recipe), file=sys.stderr)
+    return status
 
 
 def run(recipe: Recipe) -> dict[str, EvalResult] | None:
@@ -89,16 +108,21 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
 
     Raises:
         RecipeError: the data, the model's path or the output folder do not do; nothing was written or trained.
+        RunError: memory or disk ran out, or the weights are no numbers any more.
+        Interrupted: Ctrl-C or SIGTERM came in training; the step was finished and saved.
     """
     started = time.monotonic()
+    check_writable(recipe)
     check_world_size(recipe)
     check_masking(recipe)
     resolve_testbed(recipe)
     sets = load_streams(recipe)
     tasks, probes, bias_probe = load_tasks(recipe)
-    if (probes or bias_probe) and is_sharded():
+    if (probes or bias_probe) and is_fsdp():
         raise RecipeError(
-            ["probes need whole weights on every process. Launch with ddp.yaml or zero2.yaml, or leave them out."]
+            [
+                "probes need weights that can be called on every process; under FSDP they cannot. Launch with another file."
+            ]
         )
     check_leaks(recipe, sets, tasks, probes, bias_probe)
     tasks = tasks or training_set_tasks(recipe)
@@ -107,7 +131,7 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
     check_collation(recipe, sets, processing_class)
     check_guidance(recipe, sets, processing_class)
     state = PartialState()
-    checkpoint = prepare_folder(recipe, may_delete=state.is_main_process and not recipe.run.dry_run)
+    checkpoint = prepare_folder(recipe, config, may_delete=state.is_main_process and not recipe.run.dry_run)
     if state.is_main_process:
         if adapter:
             print(describe_transfer(recipe, config, adapter, tasks), flush=True)
@@ -212,17 +236,22 @@ class _Evaluation:
         self.measure("before", model, source)
         oracle = self.recipe.run.oracle_model
         if oracle:
-            self.measure("oracle", load_for_run(self.recipe, oracle), oracle)
+            model = load_for_run(self.recipe, oracle)
+            with running(model):
+                self.measure("oracle", model, oracle)
 
     def measure(self, name: str, model: torch.nn.Module, source: str) -> None:
         """Measures a model as `before`, `after` or `oracle` and writes results.json; every process has to call it."""
         run_config, args = self.recipe.run, self.recipe.training
         scorer = Scorer(model, self.processing_class, run_config.eval_batch_size, args.append_eos)
         answers = run_config.case_studies > 0
-        if name == "after" or not run_config.keep_records:
-            items = {task.name: task.run(scorer, answers=answers) for task in self.tasks}
-        else:
-            items = RecordCache().run(self.tasks, scorer, answers)
+        with explained(self.recipe, "evaluation"):
+            if name == "after":
+                items = {task.name: task.run(scorer, answers=answers) for task in self.tasks}
+            else:
+                # In the run's own folder, too, for a run that goes on where the cache folder is another one.
+                shared = [records_home()] if run_config.keep_records else []
+                items = RecordCache(Path(args.output_dir) / RECORDS_FOLDER, *shared).run(self.tasks, scorer, answers)
         before = self.items.get("before", {})
         summaries = {task.name: task.summarise(items[task.name], before.get(task.name)) for task in self.tasks}
         self.items[name] = items
@@ -241,25 +270,38 @@ def _unlearn(
 ) -> tuple[list[dict], list[str]]:
     """Measures, trains, saves and measures again; returns the log and what the guard said."""
     source, output_dir = recipe.model.model_name_or_path, recipe.training.output_dir
-    with whole_weights():
-        model = load_for_run(recipe, source)
+    data = describe_data(recipe, sets)
+    if checkpoint:
+        check_same_start(checkpoint, data)
+    # FSDP's weights cannot be called before training: the model is measured whole first, then loaded in shards.
+    with whole_weights() if is_fsdp() else nullcontext():
+        with explained(recipe, "loading"):
+            model = load_for_run(recipe, source)
+        fingerprint = model_hash(model)
+        if checkpoint:
+            check_same_start(checkpoint, data, fingerprint)
         if PartialState().is_main_process:
-            write_records(recipe, describe_data(recipe, sets), model_hash(model))
-        sets = give_guidance(recipe, sets, model, evaluation.processing_class)
-        evaluation.begin(model, source)
-    if is_sharded():
+            write_records(recipe, data, fingerprint)
+        with running(model):
+            sets = give_guidance(recipe, sets, model, evaluation.processing_class)
+            evaluation.begin(model, source)
+    if is_fsdp():
         model = load_for_run(recipe, source)
     trainer, guard = build_trainer(recipe, model, evaluation.processing_class, sets, probes, bias_probe)
+    interrupts = Interrupts()
+    trainer.add_callback(interrupts)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with interrupts.deferred(), explained(recipe, "training"):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(Path(output_dir) / STATE_FILE))
-    trainer.save_model()
+    with explained(recipe, "saving"):
+        trainer.save_model()
     if trainer.saliency_mask is not None and trainer.is_world_process_zero():
         evaluation.saliency = write_mask_report(recipe, trainer, output_dir)
     history, model = trainer.state.log_history, trainer.model
-    if is_sharded():
+    if is_fsdp():
         # What was saved is measured: no process holds the trained weights whole.
         del trainer, model
         with whole_weights():
@@ -308,7 +350,13 @@ def build_trainer(
         )
     except ValueError as err:
         raise RecipeError([str(err)], recipe.source) from err
-    guard = CollapseGuard(run_config.guard_min_retained, run_config.guard_max_loss, run_config.guard_action)
+    guard = CollapseGuard(
+        run_config.guard_min_retained,
+        run_config.guard_max_loss,
+        run_config.guard_action,
+        run_config.guard_max_perplexity,
+        run_config.guard_max_grad_growth,
+    )
     trainer.add_callback(guard)
     if probes:
         trainer.add_callback(ProbeCallback(trainer, probes, recipe.training.probe_steps, run_config.eval_batch_size))
@@ -343,3 +391,4 @@ def _report(
     for sentence in [*messages, *verdicts(results)]:
         print(f"- {sentence}")
     print(f"Report {report}, results {output_dir / RESULTS_FILE}, model {output_dir} ({seconds:.0f} s)")
+    shutil.rmtree(output_dir / RECORDS_FOLDER, ignore_errors=True)

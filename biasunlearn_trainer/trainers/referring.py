@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from biasunlearn_trainer.models import has_fresh_adapter, load_model
@@ -31,7 +32,7 @@ class ReferencePolicy:
     def _begin_reference(self, reference_model: str | PreTrainedModel | None) -> None:
         """Check the choice while the model is as it was given."""
         self._reference_model = reference_model
-        self._has_fresh_adapter = has_fresh_adapter(self.model)
+        self._has_fresh_adapter = self._finds_fresh_adapter()
         self.reference = {}
         self._check_reference()
 
@@ -77,25 +78,36 @@ class ReferencePolicy:
         modes = {stream: self.reference_mode(stream) for stream in self.references(self.args)}
         if not modes or self.reference:
             return
+        kept = {name: ref for name, ref in self._kept_reference().items() if modes.get(name) == "precomputed"}
         other = self._reference_model or self.args.reference_model_name_or_path
-        if isinstance(other, str):
-            other = load_model(other, dtype=self.model.dtype)
+        if isinstance(other, str) and modes.keys() - kept.keys():
+            other = self._load_reference(other)
         made: dict[str, Any] = {}
         if "adapter" in modes.values():
             made["adapter"] = AdapterReference()
-        if "precomputed" in modes.values():
-            builder = ReferenceBuilder(
-                (other if other is not None else self.model).to(self.args.device),
-                self.collator,
-                self.accelerator,
-                self.args.per_device_eval_batch_size,
-                self.args.reference_cache_dir,
-            )
+        if any(mode == "precomputed" and stream not in kept for stream, mode in modes.items()):
+            builder = self._reference_builder(other if other is not None else self.model)
         if "model" in modes.values():
             made["model"] = ModelReference(other) if other is not None else ModelReference.of(self.model)
-        self.reference = {
+        self.reference = kept | {
             stream: PrecomputedReference(builder.table(stream, self.reference_rows(stream)))
             if mode == "precomputed"
             else made[mode]
             for stream, mode in modes.items()
+            if stream not in kept
         }
+
+    def _finds_fresh_adapter(self) -> bool:
+        return has_fresh_adapter(self.model)
+
+    def _load_reference(self, name_or_path: str) -> PreTrainedModel:
+        return load_model(name_or_path, dtype=self.model.dtype)
+
+    def _reference_builder(self, model: nn.Module) -> ReferenceBuilder:
+        return ReferenceBuilder(
+            model.to(self.args.device),
+            self.collator,
+            self.accelerator,
+            self.args.per_device_eval_batch_size,
+            self.args.reference_cache_dir,
+        )

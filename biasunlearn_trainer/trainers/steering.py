@@ -118,6 +118,8 @@ class BiasSteering(TrainerCallback):
         records = _records(state.log_history)
         if records:
             self.trainer.swapped = {t for t in self.trainer.bias_types if records[-1].get(f"{PREFIX}{t}/swapped")}
+            if self.rule.early_stop and records[-1].get(f"{PREFIX}stopped"):
+                control.should_training_stop = True  # the checkpoint is of the step at which the run ended
         if state.global_step == 0:
             readings = self.step(state, control)
             self._report_coverage(readings)

@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from biasunlearn_trainer.checkpoints import last_usable
 from biasunlearn_trainer.eval.schema import load_results
 from biasunlearn_trainer.recipe import RecipeError, parse_recipe
 from biasunlearn_trainer.runner import main, run
-from biasunlearn_trainer.runner.folder import last_checkpoint
-from biasunlearn_trainer.runner.models import is_sharded, whole_weights
+from biasunlearn_trainer.sharding import is_sharded, whole_weights
 
 BIASED, UNBIASED = " The tall one.", " It cannot be known."
 
@@ -187,15 +187,6 @@ def test_named_checkpoint_has_to_be_complete(arguments, tmp_path):
     assert "no complete checkpoint" in fails(arguments("--resume_from_checkpoint", str(tmp_path / "checkpoint-3")))
 
 
-def test_last_checkpoint_passes_over_an_unfinished_one(tmp_path):
-    for step, is_complete in ((9, True), (10, True), (100, False)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if is_complete:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    assert last_checkpoint(tmp_path / "nowhere") is None
-
-
 def test_broken_off_run_keeps_what_it_has(arguments, tmp_path, monkeypatch):
     from biasunlearn_trainer.trainers.npo import NPOTrainer
 
@@ -215,7 +206,7 @@ def test_broken_off_run_keeps_what_it_has(arguments, tmp_path, monkeypatch):
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     assert any("loss/forget" in record for record in history)
     assert (out / "recipe.resolved.yaml").is_file()
-    assert last_checkpoint(out).name == "checkpoint-3"
+    assert last_usable(out).name == "checkpoint-3"
 
 
 def test_guard_stops_the_run(arguments, capsys):
