@@ -84,6 +84,11 @@ class StepBytes(TensorBytes):
         ]
         self._counted: set[int] = set()
 
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that come in from outside, such as a batch."""
+        for tensor in tensors:
+            self._meet(tensor)
+
     def _arrived(self, weight: nn.Parameter) -> None:
         if id(weight) not in self._counted:
             self._counted.add(id(weight))

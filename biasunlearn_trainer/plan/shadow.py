@@ -8,13 +8,12 @@ every operation that the real run would call is called, in the same order, on te
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -22,6 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 aten = torch.ops.aten
 LARGE = 1 << 22
 """Elements from which whole numbers, too, only pretend: a saliency mask has one for each weight."""
+
+
+UNKNOWN_SHARE = 0.5
+"""Of the elements under a mask that only pretends to exist, how many are taken to be chosen by it."""
 
 
 class Shadow(TorchDispatchMode):
@@ -42,14 +45,30 @@ class Shadow(TorchDispatchMode):
         if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             if tensors or not _makes_fractions(function, args, kwargs):
                 return function(*args, **kwargs)
+        if function is aten.index.Tensor and _unknown_mask(args):
+            return self._some(args[0])
         if function in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             args = _without_masks(args)
         with self.fake:
             args, kwargs = tree_map_only(Tensor, self._pretend, (args, kwargs))
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+        # What the mode remembers of a tensor is a weak reference, and a tensor with one cannot change its type in place.
+        self.fake.fake_tensor_converter.meta_converter.tensor_memo.clear()
+        return result
+
+    def _some(self, tensor: Tensor) -> Tensor:
+        """What an unknown mask leaves of a tensor."""
+        return self.empty(math.ceil(tensor.numel() * UNKNOWN_SHARE), dtype=tensor.dtype)
 
     def _pretend(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+
+def _unknown_mask(args: tuple) -> bool:
+    """Whether elements are chosen by a mask over all of them that only pretends to exist."""
+    tensor, indices = args[0], args[1]
+    is_whole = len(indices) == 1 and indices[0].shape == tensor.shape
+    return is_whole and indices[0].dtype == torch.bool and isinstance(indices[0], FakeTensor)
 
 
 def _makes_fractions(function: Callable, args: tuple, kwargs: dict) -> bool:
