@@ -151,7 +151,9 @@ class Diffusion:
             import torch
             from accelerate import PartialState
 
-            self._device = str(PartialState(cpu=not torch.accelerator.is_available()).device)
+            device = PartialState(cpu=not torch.accelerator.is_available()).device
+            # Launched processes are given "cpu:0".
+            self._device = "cpu" if device.type == "cpu" else str(device)
         return self._device
 
     def _check(self, pipe: Any) -> None:

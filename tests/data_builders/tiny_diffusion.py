@@ -104,7 +104,9 @@ def save_pipeline(folder: Path, flags: bool | None = False, edits: bool = False)
         text_encoder=CLIPTextModel(text_config(made)),
         tokenizer=made,
         unet=unet,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        ),
         safety_checker=checker,
         feature_extractor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
         requires_safety_checker=checker is not None,
