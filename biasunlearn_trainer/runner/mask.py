@@ -19,8 +19,9 @@ from biasunlearn_trainer.fingerprints import model_hash
 from biasunlearn_trainer.recipe import Recipe, RecipeError, parse_recipe
 from biasunlearn_trainer.runner.data import check_collation, check_leaks, load_streams, load_tasks, resolve_testbed
 from biasunlearn_trainer.runner.guidance import check_guidance, give_guidance
+from biasunlearn_trainer.runner.launch import check_launch
 from biasunlearn_trainer.runner.models import load_for_run
-from biasunlearn_trainer.runner.run import build_trainer, check_masking, check_world_size, config_and_processor
+from biasunlearn_trainer.runner.run import build_trainer, config_and_processor
 from biasunlearn_trainer.runner.saliency import most_changed_in, write_mask_report
 from biasunlearn_trainer.saliency.distribution import Distribution, Share, groups_table
 from biasunlearn_trainer.saliency.modules import modules_table, rank_modules, target_modules_line
@@ -133,8 +134,7 @@ def _check(recipe: Recipe, num_modules: int | None) -> None:
 
 def _trainer(recipe: Recipe) -> tuple[Any, str]:
     """The recipe's trainer, checked and built as a run does it, and the fingerprint of the model's weights."""
-    check_world_size(recipe)
-    check_masking(recipe)
+    check_launch(recipe)
     resolve_testbed(recipe)
     sets = load_streams(recipe)
     tasks, probes, bias_probe = load_tasks(recipe)

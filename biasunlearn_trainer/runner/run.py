@@ -31,6 +31,8 @@ from biasunlearn_trainer.eval.schema import EvalResult, save_results
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.fingerprints import model_hash
 from biasunlearn_trainer.guards import CollapseGuard
+from biasunlearn_trainer.hub.finished import note_measured
+from biasunlearn_trainer.hub.naming import public_name
 from biasunlearn_trainer.models import load_config, load_processor
 from biasunlearn_trainer.probes import ProbeCallback, StereoSetProbe
 from biasunlearn_trainer.recipe import Recipe, RecipeError, parse_recipe
@@ -57,9 +59,12 @@ from biasunlearn_trainer.runner.folder import (
 )
 from biasunlearn_trainer.runner.guidance import check_guidance, give_guidance
 from biasunlearn_trainer.runner.interrupts import Interrupts
+from biasunlearn_trainer.runner.launch import check_launch
 from biasunlearn_trainer.runner.models import load_for_run
+from biasunlearn_trainer.runner.publishing import begin_publishing, check_publishing
 from biasunlearn_trainer.runner.record_cache import RecordCache, records_home
 from biasunlearn_trainer.runner.saliency import add_to_report, write_mask_report
+from biasunlearn_trainer.runner.trackers import check_trackers, log_results
 from biasunlearn_trainer.runner.transfer import checked_adapter, describe_transfer, transfer
 from biasunlearn_trainer.saliency.distribution import Distribution
 from biasunlearn_trainer.sharding import is_fsdp, running, whole_weights
@@ -113,17 +118,12 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
     """
     started = time.monotonic()
     check_writable(recipe)
-    check_world_size(recipe)
-    check_masking(recipe)
+    check_launch(recipe)
+    check_trackers(recipe)
+    check_publishing(recipe)
     resolve_testbed(recipe)
     sets = load_streams(recipe)
     tasks, probes, bias_probe = load_tasks(recipe)
-    if (probes or bias_probe) and is_fsdp():
-        raise RecipeError(
-            [
-                "probes need weights that can be called on every process; under FSDP they cannot. Launch with another file."
-            ]
-        )
     check_leaks(recipe, sets, tasks, probes, bias_probe)
     tasks = tasks or training_set_tasks(recipe)
     config, processing_class = config_and_processor(recipe)
@@ -139,6 +139,7 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
             print(describe_plan(recipe, config, sets, tasks, probes, bias_probe, checkpoint), flush=True)
     if recipe.run.dry_run:
         return None
+    publish = begin_publishing(recipe)
     state.wait_for_everyone()
     evaluation = _Evaluation(recipe, tasks, processing_class)
     if adapter:
@@ -147,24 +148,8 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
         history, messages = _unlearn(recipe, evaluation, sets, probes, bias_probe, checkpoint)
     if state.is_main_process:
         _report(recipe, evaluation, history, messages, time.monotonic() - started)
+        publish()
     return evaluation.results
-
-
-def check_world_size(recipe: Recipe) -> None:
-    """Refuses the silent failure of a wrong launch: every process alone, each training a model of its own."""
-    launched, seen = int(os.environ.get("WORLD_SIZE", 1)), recipe.training.world_size
-    if launched != seen:
-        hint = "On a CPU, DeepSpeed needs `use_cpu: true` in the recipe."
-        raise RecipeError([f"{launched} processes were launched, each sees {seen}. {hint}"])
-
-
-def check_masking(recipe: Recipe) -> None:
-    """Refuses a mask that the method or the launch does not allow."""
-    if recipe.trainer_class is not None:
-        try:
-            recipe.trainer_class.check_masking(recipe.training)
-        except ValueError as err:
-            raise RecipeError([str(err)], recipe.source) from err
 
 
 def config_and_processor(recipe: Recipe) -> tuple[Any, Any]:
@@ -365,7 +350,7 @@ def build_trainer(
 
 def _what_was_done(recipe: Recipe) -> str:
     adapter = recipe.run.transfer_adapter_from
-    return f"Weight transfer, no training: {adapter} on" if adapter else f"{recipe.run.method} on"
+    return f"Weight transfer, no training: {public_name(adapter)} on" if adapter else f"{recipe.run.method} on"
 
 
 def _report(
@@ -380,13 +365,15 @@ def _report(
         history=history,
         items=evaluation.items,
         cases=case_candidates(evaluation.tasks, evaluation.items),
-        title=f"{_what_was_done(recipe)} {f'planted {testbed}' if testbed else recipe.model.model_name_or_path}",
+        title=f"{_what_was_done(recipe)} {f'planted {testbed}' if testbed else public_name(recipe.model.model_name_or_path)}",
         seconds=seconds,
         num_cases=recipe.run.case_studies,
         seed=recipe.training.seed,
     )
     if evaluation.saliency is not None:
         add_to_report(report, evaluation.saliency)
+    note_measured(output_dir)
+    log_results(recipe, results, report.with_name("report.png"))
     print(terminal_table(results))
     for sentence in [*messages, *verdicts(results)]:
         print(f"- {sentence}")

@@ -16,6 +16,7 @@ from biasunlearn_trainer.reference import (
     PrecomputedReference,
     ReferenceBuilder,
 )
+from biasunlearn_trainer.sharding import is_fsdp, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class ReferencePolicy:
         other = self._reference_model or self.args.reference_model_name_or_path
         if isinstance(other, str) and modes.keys() - kept.keys():
             other = self._load_reference(other)
+        if other is None and is_fsdp() and {"precomputed", "model"} & set(modes.values()):
+            other = self._policy_loaded_whole()
         made: dict[str, Any] = {}
         if "adapter" in modes.values():
             made["adapter"] = AdapterReference()
@@ -102,6 +105,20 @@ class ReferencePolicy:
 
     def _load_reference(self, name_or_path: str) -> PreTrainedModel:
         return load_model(name_or_path, dtype=self.model.dtype)
+
+    def _policy_loaded_whole(self) -> PreTrainedModel:
+        """The policy before unlearning, once more: FSDP leaves weights on the first process only until training begins.
+
+        Raises:
+            ValueError: where the policy is a trained adapter, which its base's name does not bring back.
+        """
+        if isinstance(self.model, PeftModel) and not self._has_fresh_adapter:
+            raise ValueError(
+                "Under FSDP a trained adapter cannot be its own reference. Give a reference_model, or launch with "
+                "zero2.yaml."
+            )
+        with whole_weights():
+            return self._load_reference(self.model.config._name_or_path)
 
     def _reference_builder(self, model: nn.Module) -> ReferenceBuilder:
         return ReferenceBuilder(

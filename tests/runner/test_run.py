@@ -297,20 +297,6 @@ def test_whole_weights_hides_sharding(monkeypatch):
     assert is_sharded()
 
 
-def test_probes_are_refused_where_weights_are_sharded(arguments, monkeypatch):
-    recipe = parse_recipe(arguments())
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="probes need whole weights"):
-        run(recipe)
-
-
-def test_processes_that_do_not_see_each_other_are_refused(arguments, monkeypatch):
-    recipe = parse_recipe(arguments())
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="2 processes were launched, each sees 1"):
-        run(recipe)
-
-
 @pytest.mark.slow
 def test_two_processes_measure_and_write_like_one(arguments, tmp_path):
     words = ["--per_device_train_batch_size", "1", "--output_dir", str(tmp_path / "two")]
