@@ -71,6 +71,10 @@ def test_a_built_wheel_holds_our_package_and_nothing_else(tmp_path):
         names = set(wheel.namelist())
     assert {top for top in tops if not top.endswith(".dist-info")} == {"biasunlearn_trainer"}
     assert {"biasunlearn_trainer/eval/run.py", "biasunlearn_trainer/data_builders/schema.py"} <= names
+    for pattern in ("templates/*.yaml", "words/*.tsv"):
+        files = sorted((ROOT / "data_builders").glob(pattern))
+        assert len(files) > 1
+        assert {f"biasunlearn_trainer/{path.relative_to(ROOT).as_posix()}" for path in files} <= names
     for metric in ("bbq", "crows_pairs", "stereoset"):
         folder = f"biasunlearn_trainer/eval/evaluate_metrics/{metric}"
         assert {f"{folder}/{file}" for file in (f"{metric}.py", "README.md", "requirements.txt", "app.py")} <= names

@@ -14,7 +14,7 @@ POLARITIES = ("stereotype", "anti_stereotype", "unrelated", "neutral")
 OPPOSITE = {"stereotype": "anti_stereotype", "anti_stereotype": "stereotype"}
 # A counterpart keeps these columns of its row (`group` is what the build deals to parts as a whole); any other one (an
 # answer, a fact) speaks of the people that were there.
-KEPT = ("group", "bias_type", "polarity", "pair_id", "source", "source_id", "prompt", "completion")
+KEPT = ("group", "kind", "bias_type", "polarity", "pair_id", "source", "source_id", "prompt", "completion")
 
 
 class Counterfactuals:
@@ -27,7 +27,8 @@ class Counterfactuals:
     Columns of both rows: `pair_id` (a digest of the row's texts and bias type), `bias_type`, `polarity` (the
     counterfactual of a stereotype is an anti-stereotype and the reverse, all else stays), `source` and `source_id` (of
     the row; where it has none, "text" and the row's number), `demographic` (the group of the first word
-    that was swapped) and `counterfactual` (false, true).
+    that was swapped) and `counterfactual` (false, true). The counterfactual of a stereotype has the stereotype's
+    completion in `rejected`, where both follow the same prompt.
 
     Args:
         bias_types: those to swap, by default all; rows of another one are rejected.
@@ -106,7 +107,10 @@ class Counterfactuals:
         yield {**row, **ids, "polarity": polarity, "demographic": first, "counterfactual": False}
         kept = {name: row[name] for name in KEPT if name in row}
         labels = {"polarity": OPPOSITE.get(polarity, polarity), "demographic": other, "counterfactual": True}
-        yield {**kept, **ids, **labels, **_with_texts(row, iter(changed))}
+        other_row = {**kept, **ids, **labels, **_with_texts(row, iter(changed))}
+        if polarity == "stereotype" and other_row["prompt"] == row["prompt"]:
+            other_row["rejected"] = row["completion"]
+        yield other_row
 
 
 def _texts(row: dict) -> list[str] | None:

@@ -1,5 +1,6 @@
 """StereoSet, CrowS-Pairs, BBQ and PAIRS by their recipes: counts as published, sets that train and are evaluated."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +11,16 @@ from biasunlearn_trainer.data_builders.build_recipe import read_build_recipe
 from biasunlearn_trainer.data_builders.sources.plain import load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def _load_server():
+    spec = importlib.util.spec_from_file_location("chat_server_of_builds", Path(__file__).with_name("chat_server.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+chat = _load_server()
 # Rows read: StereoSet 2,123 + 2,106 items x 3 sentences, CrowS-Pairs 1,508 pairs x 2, PAIRS 200 pictures x 3 answers
 # (SOURCE.md of each); BBQ's six category files have 11,956 questions, half of them ambiguous, with two answers.
 NUM_READ = {"stereoset": 3 * (2123 + 2106), "crows_pairs": 2 * 1508, "pairs": 3 * 200, "bbq": 11956 + 11956 // 2}
@@ -60,6 +71,66 @@ def test_the_others_are_read_whole(built_set, name, num_rows):
     assert all(row != answer for row, answer in zip(rejected["rejected"], rejected["completion"], strict=True))
 
 
+def test_stereosets_stereotypes_and_their_counterfactuals(built_set):
+    folder, report = built_set("stereoset_counterfactual")
+    assert report.sources[0]["num_rows"] == 3 * 2106
+    forget, retain, held_out = (load_rows(folder / f"data/{n}.parquet") for n in ("forget", "retain", "report"))
+    # The retained sentence is the one that is forgotten, with the other group in it.
+    forgotten = {row["pair_id"]: row for row in forget}
+    pairs = [(forgotten[row["pair_id"]], row) for row in retain if row["pair_id"] in forgotten]
+    assert len(pairs) > 0.95 * len(forget)
+    assert all(one["completion"] == other["rejected"] != other["completion"] for one, other in pairs)
+    assert {(one["demographic"], other["demographic"]) for one, other in pairs} >= {
+        ("female", "male"),
+        ("male", "female"),
+    }
+    assert report.leaks == {"forget and report": 1, "retain and report": 0}
+    assert report.rejects["splits"]["near duplicate"] > 0
+    assert not set(forget["part_group"]) & set(held_out["part_group"])
+    assert len(held_out) + len(forget) > 300
+    assert sum(report.rejects["counterfactual"].values()) == 3 * 2106 - report.stages[0]["rows_out"] // 2
+
+
+OWN_SENTENCES = (
+    "Women are bad at parking.",
+    "My aunt always loses her keys.",
+    "The girl was too shy to speak.",
+    "Mary forgot her own birthday.",
+    "He never listens to his wife.",
+    "That boy breaks every toy.",
+    "The actress cried on the stage.",
+    "A man does not cook.",
+    "Her mother drives badly.",
+    "The waitress mixed up the orders.",
+)
+
+
+@pytest.mark.parametrize("rephrased", [False, True])
+def test_ones_own_sentences(tmp_path, monkeypatch, rephrased):
+    rows = [{"prompt": "", "completion": text, "bias_type": "gender", "kind": "ambiguous"} for text in OWN_SENTENCES]
+    (tmp_path / "my_sentences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (ROOT / "recipes/data/my_sentences.yaml").read_text()
+    if rephrased:
+        pytest.importorskip("openai", reason="openai is not installed: pip install -e '.[test]' -c constraints.txt")
+        # The stage that the recipe shows, put where it says.
+        shown = [
+            line[1:] for line in text.splitlines() if line.startswith("#     - stage") or line.startswith("#       ")
+        ]
+        text = text.replace("parts:", "\n".join(line[3:] for line in shown) + "\nparts:")
+    (tmp_path / "r.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with chat.ChatServer() as server:
+        words = ["--stages.1.base_url", server.url] if rephrased else []
+        report = build(read_build_recipe("r.yaml", words), show_progress=False)
+    num = len(OWN_SENTENCES) * (2 if rephrased else 1)
+    sizes = {name: split.num_rows for name, split in report.splits.items()}
+    assert sizes == {"forget": num * 7 // 10, "retain": num * 7 // 10, "report": num * 3 // 10}
+    retain = load_rows("data/my_sentences/data/retain.parquet")
+    assert set(retain["demographic"]) == {"male", "female"}
+    if rephrased:
+        assert sum(text.startswith("So tell:") for text in retain["completion"]) == len(retain) // 2
+
+
 def test_pictures_are_in_the_set_and_no_path_of_this_machine(built_set, data_dir):
     folder, _ = built_set("pairs")
     picture = load_rows(folder / "data/forget.parquet")[0]["images"][0]
@@ -91,6 +162,7 @@ def test_stereoset_trains_and_is_evaluated(built_set, tmp_path, tiny_llama):
     ("name", "model"),
     [
         ("crows_pairs", "tiny_llama"),
+        pytest.param("stereoset_counterfactual", "tiny_llama", marks=pytest.mark.slow),
         pytest.param("bbq", "tiny_llama", marks=pytest.mark.slow),
         pytest.param("pairs", "tiny_llava", marks=pytest.mark.slow),
     ],

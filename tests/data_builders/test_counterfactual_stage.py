@@ -43,7 +43,17 @@ class TestPairs:
             "source_id": "7",
             "demographic": "male",
             "counterfactual": True,
+            "rejected": "Women are bad at parking.",
         }
+
+    def test_what_is_rejected_answers_the_same_prompt(self, tmp_path):
+        one = row(" She did.", "Who was late?", polarity="stereotype", kind="ambiguous", fact="hers")
+        two = row(" She did.", "Was she late?", polarity="stereotype")
+        three = row(" She did.", "Who was late?", polarity="anti_stereotype", rejected=" He did.")
+        rows = run([one, two, three], tmp_path, bias_types=["gender"])
+        assert [r.get("rejected") for r in rows] == [None, " She did.", None, None, " He did.", None]
+        assert [r.get("kind") for r in rows[:2]] == ["ambiguous", "ambiguous"]
+        assert "fact" in rows[0] and "fact" not in rows[1]
 
     def test_what_a_row_lacks_is_filled_in(self, tmp_path):
         rows = run([row("It rained."), row("She left.")], tmp_path)
