@@ -48,6 +48,7 @@ OURS = {
         "untouched",
         "checkpoints",
         "guards",
+        "hub",
         "trainers",
     ),
     "testbed": (
@@ -96,6 +97,7 @@ OURS = {
     "probes": ("eval", "guards", "models"),
     "model_filter": ("data_builders", "eval", "models"),
     "guidance": ("cache", "models", "fingerprints", "eval", "data_builders", "guidance"),
+    "hub": ("eval", "data_builders", "models", "fingerprints", "transfer", "hub"),
     "recipe": None,
     "runner": None,
     "tables": ("recipe", "eval.schema", "eval.findings", "eval.matched", "eval.report", "eval.runs", "tables"),
@@ -175,7 +177,7 @@ def test_imports_keep_to_their_layer(module, path):
 
 
 def test_a_method_imports_no_other_method():
-    shared = {"base", "checkpointing", "config", "masking", "referring", "steering"}
+    shared = {"base", "checkpointing", "config", "masking", "publishing", "referring", "steering"}
     for module, path in MODULES:
         name = module.removeprefix(f"{PACKAGE}.trainers.")
         if name == module or name in shared | {"registry"}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -17,6 +18,8 @@ from biasunlearn_trainer.data_builders.sources.plain import load_rows
 from biasunlearn_trainer.eval.tasks import load_task, parse_task_spec
 from biasunlearn_trainer.eval.tasks.training_sets import ForgetSetTask, RetainSetTask
 from biasunlearn_trainer.fingerprints import rows_fingerprint
+from biasunlearn_trainer.hub.licences import sources_of
+from biasunlearn_trainer.hub.naming import in_testbed
 from biasunlearn_trainer.probes import StereoSetProbe
 from biasunlearn_trainer.recipe import Recipe, RecipeError
 from biasunlearn_trainer.recipe.config import TESTBED_PREFIX
@@ -259,10 +262,13 @@ def _rows(tasks: Sequence[Any]) -> list[dict]:
 
 
 def describe_data(recipe: Recipe, sets: Mapping[str, Dataset]) -> dict[str, dict[str, Any]]:
-    """What `environment.json` records of the data: source, rows and fingerprint of each stream."""
+    """What `environment.json` records of the data: source, licences, rows and fingerprint of each stream."""
+    places = {stream: getattr(recipe.run, f"{stream}_dataset") for stream in sets}
+    home = str(Path(recipe.model.model_name_or_path).parent) if recipe.run.testbed else None
     return {
         stream: {
-            "source": getattr(recipe.run, f"{stream}_dataset"),
+            "source": places[stream],
+            "sources": sources_of(places[stream], recipe.run.testbed if in_testbed(places[stream], home) else None),
             "rows": len(rows),
             "fingerprint": rows_fingerprint(rows),
         }

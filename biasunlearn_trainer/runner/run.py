@@ -358,6 +358,7 @@ def _report(
 ) -> None:
     """Writes the report and prints what a person reads first."""
     output_dir, testbed = Path(recipe.training.output_dir), recipe.run.testbed
+    model = f"planted {testbed}" if testbed else public_name(recipe.model.model_name_or_path)
     results = {name: result.to_dict() for name, result in evaluation.results.items()}
     report = write_report(
         output_dir,
@@ -365,7 +366,7 @@ def _report(
         history=history,
         items=evaluation.items,
         cases=case_candidates(evaluation.tasks, evaluation.items),
-        title=f"{_what_was_done(recipe)} {f'planted {testbed}' if testbed else public_name(recipe.model.model_name_or_path)}",
+        title=f"{_what_was_done(recipe)} {model}",
         seconds=seconds,
         num_cases=recipe.run.case_studies,
         seed=recipe.training.seed,

@@ -38,6 +38,7 @@ from biasunlearn_trainer.streams import DrawSampler, PairedStreams, dealt_batche
 from biasunlearn_trainer.trainers.checkpointing import Checkpointing
 from biasunlearn_trainer.trainers.config import KLConfig, RetainChoiceConfig, RetainConfig, UnlearnConfig
 from biasunlearn_trainer.trainers.masking import SaliencyMasking
+from biasunlearn_trainer.trainers.publishing import HubPublishing
 from biasunlearn_trainer.trainers.referring import ReferencePolicy
 from biasunlearn_trainer.untouched import UntouchedWeights
 
@@ -84,7 +85,7 @@ class SequenceLogps:
         return self.output.lengths
 
 
-class UnlearnTrainer(Checkpointing, SaliencyMasking, ReferencePolicy, Trainer):
+class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePolicy, Trainer):
     """Base of the unlearning trainers.
 
     A method overrides `loss_terms`, and `streams` and `references` where it needs more than the forget set. (Overriding

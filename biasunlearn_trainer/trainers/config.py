@@ -164,6 +164,10 @@ class UnlearnConfig(TrainingArguments):
         self.saliency_settings()
         if isinstance(self.module_groups, str):
             self.module_groups = json.loads(self.module_groups)
+        if self.hub_token is not None:
+            raise ValueError(
+                "`hub_token` would stand in the run's files. Leave it out, and run `hf auth login` or set HF_TOKEN."
+            )
         if self.probe_steps < 1:
             raise ValueError(f"`probe_steps` must be at least 1, got {self.probe_steps}.")
         super().__post_init__()
