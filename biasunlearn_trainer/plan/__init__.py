@@ -1,1 +1,6 @@
 """What a run needs before it is started: parameters, memory on each GPU, steps, time."""
+
+from biasunlearn_trainer.plan.report import describe
+from biasunlearn_trainer.plan.run import plan
+
+__all__ = ["describe", "plan"]

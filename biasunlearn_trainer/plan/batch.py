@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -102,14 +103,19 @@ def longest_draws(streams: Mapping[str, Any], leaders: Mapping[str, str], sizes:
     draw = {}
     for name, stream in streams.items():
         leader = leaders.get(name, name)
-        group = [streams[other].rows for other in streams if leaders.get(other, other) == leader]
-        pictured = max(streams[leader].modalities, key=lambda m: bool(streams[leader].rows[int(m[0])].get("images")))
+        group = [_texts(streams[other].rows) for other in streams if leaders.get(other, other) == leader]
+        pictured = streams[leader].modalities[0]  # rows with pictures come first, and are the longer ones
         lengths = {int(i): max(_characters(rows[int(i)]) for rows in group) for i in pictured}
         longest = sorted(lengths, key=lengths.get, reverse=True)
         wanted = sizes[name]
         numbers = (longest * -(-wanted // len(longest)))[:wanted]
         draw[name] = [{**stream.rows[i], "index": i} for i in numbers]
     return [draw]
+
+
+def _texts(rows: Any) -> Any:
+    """The rows without their pictures, which need not be read."""
+    return rows.select_columns(["prompt", "completion"]) if isinstance(rows, Dataset) else rows
 
 
 def _characters(row: Mapping[str, Any]) -> int:

@@ -56,6 +56,8 @@ class TensorBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        if function.namespace == "prim":  # a question, such as that for the device
+            return result
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf)

@@ -10,8 +10,10 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
+from biasunlearn_trainer.models import without_dropout
 from biasunlearn_trainer.plan.meter import StepBytes
 from biasunlearn_trainer.plan.shadow import Shadow
+from biasunlearn_trainer.saliency.fisher import add_squared_gradients, empty_sums
 
 COMPUTED_IN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +48,8 @@ class Step:
         kept: of the copy of weights that a mask of scope `update` puts back.
         levels: by the bytes of gradients of weights that are alive, the most bytes of activations beside them.
         tokens: that the policy reads in a micro-batch.
+        blocks: elements of what is in no layer, then of every layer.
+        building: of everything while the mask is made; 0 where it is not.
     """
 
     weights: list[Weight]
@@ -55,6 +59,7 @@ class Step:
     levels: dict[int, int]
     tokens: int
     blocks: list[int] = field(default_factory=list)
+    building: int = 0
 
     @property
     def trainable(self) -> list[Weight]:
@@ -62,7 +67,13 @@ class Step:
         return [weight for weight in self.weights if weight.trainable]
 
 
-def trace_step(shadow: Shadow, trainer: Any, batch: Mapping[str, Mapping[str, Tensor]], precision: str) -> Step:
+def trace_step(
+    shadow: Shadow,
+    trainer: Any,
+    batch: Mapping[str, Mapping[str, Tensor]],
+    precision: str = "no",
+    measured: Mapping[str, Tensor] | None = None,
+) -> Step:
     """Take the loss of a batch and its gradients, as training does, and watch what is alive.
 
     Args:
@@ -70,8 +81,12 @@ def trace_step(shadow: Shadow, trainer: Any, batch: Mapping[str, Mapping[str, Te
         trainer: what `build_trainer` returned.
         batch: collated rows by stream.
         precision: of the computation: `no` for that of the weights, `bf16` or `fp16`.
+        measured: collated rows of which the Fisher diagonal is made, where the run builds a mask.
     """
     model = trainer.model
+    building = _building(shadow, trainer, measured) if measured is not None else 0
+    with shadow:
+        trainer.prepare_saliency()
     reference, mask, kept = _reference_tensors(trainer), *_mask_tensors(trainer)
     with shadow:
         enable_checkpointing(trainer)
@@ -91,7 +106,20 @@ def trace_step(shadow: Shadow, trainer: Any, batch: Mapping[str, Mapping[str, Te
         levels=meter.levels,
         tokens=sum(int(part["attention_mask"].sum()) for part in trainer.arrange(dict(batch)).values()),
         blocks=_blocks(model),
+        building=building,
     )
+
+
+def _building(shadow: Shadow, trainer: Any, rows: Mapping[str, Tensor]) -> int:
+    """The most bytes while a mask is made: weights, sums of squared gradients, and the passes over a few rows."""
+    model, once = trainer.model, 1 if not trainer.args.saliency_one_pass else 2
+    with shadow, without_dropout(model):
+        sums = [empty_sums(model) for _ in range(once)]  # held twice, the other set's are as large
+        held = [value for part in sums for value in part.values()]
+        with StepBytes(model, [*held, *_reference_tensors(trainer)]) as meter:
+            add_squared_gradients(model, rows, sums[0])
+        meter.close()
+    return meter.peak
 
 
 def enable_checkpointing(trainer: Any) -> None:

@@ -50,6 +50,9 @@ class _Planned:
     shadow: Shadow
     recipe: Recipe
 
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> nn.Module:
+        return model  # which has no place
+
     def _finds_fresh_adapter(self) -> bool:
         return self.recipe.model.use_peft  # an adapter that was loaded has been trained
 
@@ -100,7 +103,6 @@ def build_trainer(
         )
         trainer.collator.image_token_id = image_token(config)
         trainer.prepare_reference()
-        trainer.prepare_saliency()
     return trainer
 
 

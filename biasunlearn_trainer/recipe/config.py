@@ -232,12 +232,47 @@ class RunConfig:
         default=False,
         metadata={"help": "Check the recipe, the data and the model's config, print the plan, train nothing."},
     )
+    plan: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Say what the run needs (parameters, memory on each GPU, steps, time) from the model's config alone; "
+            "load and train nothing. The data are used where they can be read."
+        },
+    )
+    plan_backend: Literal["none", "ddp", "zero2", "zero3", "fsdp2"] | None = dataclasses.field(
+        default=None, metadata={"help": "plan: the backend to plan for. Default: the one that this process is in."}
+    )
+    plan_processes: int | None = dataclasses.field(
+        default=None, metadata={"help": "plan: the number of GPUs. Default: as many processes as were launched."}
+    )
+    plan_gpu_memory: float | None = dataclasses.field(
+        default=None, metadata={"help": "plan: GiB of one GPU. Default: those of the GPU that is seen, if any."}
+    )
+    plan_throughput: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "plan: tokens that one process reads a second, all streams together. Default: unknown."},
+    )
+    plan_row_tokens: int | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "plan: length of a row, pictures included, where the data cannot be read. Default: max_length, or "
+            "512 tokens beside the picture."
+        },
+    )
+    plan_completion_tokens: int = dataclasses.field(
+        default=64, metadata={"help": "plan: length of its completion; 64 are two or three sentences."}
+    )
 
     def __post_init__(self):
         bounds = {
             "eval_batch_size": (1, None),
             "guidance_max_new_tokens": (1, None),
             "probe_limit": (1, None),
+            "plan_processes": (1, None),
+            "plan_gpu_memory": (0, None),
+            "plan_throughput": (0, None),
+            "plan_row_tokens": (2, None),
+            "plan_completion_tokens": (1, None),
             "case_studies": (0, None),
             "guard_min_retained": (0, 1),
             "guard_max_loss": (0, None),
