@@ -50,7 +50,9 @@ def _tile(row: Mapping[str, Any]) -> PIL.Image.Image:
         picture = opened.convert("RGB")
     picture.thumbnail((_PICTURE, _PICTURE))
     label = f"{row.get('bias_type') or ''} {row.get('polarity') or ''}".strip()
-    texts = [(label, _GREY), (plain_text(row["prompt"]), _INK), (plain_text(row["completion"]), _INK)]
+    # Of a drawn picture what was asked for, so that one sees whether it is there.
+    drawn = [(f"drawn: {row['drawn_prompt']}", _GREY)] if row.get("drawn_prompt") else []
+    texts = [(label, _GREY), *drawn, (plain_text(row["prompt"]), _INK), (plain_text(row["completion"]), _INK)]
     lines = [(line, colour) for text, colour in texts for line in textwrap.wrap(text, 34)[:6]]
     tile = PIL.Image.new("RGB", (_WIDTH, _PICTURE + 6 + _LINE * len(lines)), (250, 249, 246))
     tile.paste(picture, (0, 0))

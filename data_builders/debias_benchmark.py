@@ -12,8 +12,8 @@ Every item is (img, text, y_more, y_less): `rejected` is y_more, the biased sent
 | t_locality   | NQ-open (`task: both`)                       | the same rows                                        |
 | m_locality   | OK-VQA (`task: both`)                        | the same rows                                        |
 
-This stage makes all but the pictures drawn anew, which are rows of your own; questions may also be put in other words
-by the stage `rephrase_text`. Rows of one item keep `source` and `source_id`.
+This stage makes all but the pictures drawn anew, which the stage `rephrase_image` draws of its rows; questions may also
+be put in other words by the stage `rephrase_text`. Rows of one item keep `source` and `source_id`.
 
 The paper keeps, for each model, the pairs on which that model prefers y_more: `keep_stereotyped`, which is given the
 model's preference (`python -m biasunlearn_trainer.model_filter`).

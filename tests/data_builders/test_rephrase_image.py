@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,10 @@ pytest.importorskip("diffusers", reason="diffusers is not installed: pip install
 
 from biasunlearn_trainer.data_builders import build as building
 from biasunlearn_trainer.data_builders.build_recipe import BuildRecipeError, read_build_recipe
+from biasunlearn_trainer.data_builders.catalogue import SOURCES
 from biasunlearn_trainer.data_builders.counterfactual_image import CounterfactualImages
+from biasunlearn_trainer.data_builders.debias_benchmark import DebiasBenchmark
+from biasunlearn_trainer.data_builders.parts import has_values
 from biasunlearn_trainer.data_builders.rephrase_image import RephraseImage
 from biasunlearn_trainer.data_builders.sources.plain import load_rows
 from biasunlearn_trainer.data_builders.stages import StageError, run_stages, stage_id
@@ -390,6 +394,30 @@ def test_counterfactual_pictures_that_cannot_be_told_are_left_out(saved, rows, t
     out, rejects = run(make(saved, "edits", CounterfactualImages), bad, tmp_path)
     assert out == []
     assert [reason for reason, _ in rejects] == ["no_term", "no_bias_type", "ambiguous_her", "no_term", "no picture"]
+
+
+def test_the_benchmark_gets_its_redrawn_rows(saved, data_dir, tmp_path):
+    pairs = SOURCES["pairs"].read(data_dir / "pairs", sections=["potential_crime"])
+    pairs = [row for row in pairs if row["pair_id"].endswith(("bandanna", "window"))]
+    assert len(pairs) == 2 * 4 * 3
+    where = {"task": "vqa", "kind": "reliability", "polarity": "anti_stereotype"}
+    stage = make(saved, prompt="{scene}", kind="v_generality", keep_rows=True)
+    stage.where = where
+    out = list(run_stages(pairs, [DebiasBenchmark(), stage], tmp_path, lambda reject: None))
+    counts = Counter((row["kind"], row["polarity"]) for row in out)
+    assert counts == {
+        ("reliability", "stereotype"): 8,
+        ("reliability", "anti_stereotype"): 8,
+        ("t_generality", "anti_stereotype"): 8,
+        ("v_generality", "anti_stereotype"): 8,
+    }
+    redrawn = [row for row in out if row["kind"] == "v_generality"]
+    assert redrawn[0]["drawn_prompt"] == "a photo of a black man, bandanna"
+    # The item, its biased sentence and its wording stay: only the picture is another one.
+    for row in redrawn:
+        twin = next(r for r in out if has_values(r, where) and r["source_id"] == row["source_id"])
+        assert all(row[name] == twin[name] for name in ("prompt", "completion", "rejected", "pair_id"))
+        assert row["images"] != twin["images"]
 
 
 def write_recipe(folder, rows, saved, name="mine", **stage):
