@@ -112,21 +112,31 @@ class NearDuplicates:
     def nearest(self, row: Mapping[str, Any], number: int = 0) -> NearDuplicate | None:
         """The most similar row at or above the threshold whose pictures are near too, or None."""
         words, images = shingles(row_text(row)), row.get("images") or []
-        found = [(value, -other) for other in self._candidates(words) if (value := self._similarity(words, other))]
-        for value, other in sorted(found, reverse=True):
+        for value, other in sorted(self._near_texts(words, self._candidates(words)), reverse=True):
             if self._are_near(images, self._images.get(-other, [])):
                 return NearDuplicate(number, -other, value)
         return None
 
-    def _candidates(self, words: np.ndarray) -> set[int]:
+    def _candidates(self, words: np.ndarray) -> np.ndarray:
         """The rows that share a rare shingle and are of a size that allows the similarity."""
-        shared = {other for shingle in self._rarest(words) for other in self._rows_with.get(shingle, ())}
-        least, most = self.threshold * words.size - 1e-9, words.size / self.threshold + 1e-9
-        return {other for other in shared if least <= self._ends[other + 1] - self._ends[other] <= most}
+        shared = np.array(
+            list({other for shingle in self._rarest(words) for other in self._rows_with.get(shingle, ())}), np.int64
+        )
+        sizes = self._ends[shared + 1] - self._ends[shared]
+        smaller, larger = np.minimum(sizes, words.size), np.maximum(sizes, words.size)
+        return shared[smaller >= self.threshold * larger - 1e-9]
 
-    def _similarity(self, words: np.ndarray, other: int) -> float | None:
-        value = similarity(words, self._words(other))
-        return value if value >= self.threshold else None
+    def _near_texts(self, words: np.ndarray, others: np.ndarray) -> list[tuple[float, int]]:
+        """Similarity and negated number of the rows at the threshold, all compared at once."""
+        if not others.size:
+            return []
+        sizes = self._ends[others + 1] - self._ends[others]
+        theirs = np.concatenate([self._words(other) for other in others.tolist()])
+        is_common = words[np.minimum(np.searchsorted(words, theirs), words.size - 1)] == theirs
+        common = np.add.reduceat(is_common, np.cumsum(sizes) - sizes, dtype=np.int64)
+        values = common / (words.size + sizes - common)
+        near = values >= self.threshold
+        return list(zip(values[near].tolist(), (-others[near]).tolist(), strict=True))
 
     def _are_near(self, first: list, second: list) -> bool:
         if len(first) != len(second):
