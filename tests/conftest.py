@@ -1,5 +1,6 @@
 """Shared fixtures: where the open data sets lie, tiny models built offline."""
 
+import importlib.util
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,16 @@ def stories_model() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no stories260K model at {folder}; set BIASUNLEARN_DATA to the `data` folder beside `models`")
     return folder
+
+
+@pytest.fixture
+def hub():
+    """A server on loopback that speaks the Hub's routes for uploads and downloads (tests/hub_server.py)."""
+    spec = importlib.util.spec_from_file_location("hub_server_for_tests", Path(__file__).with_name("hub_server.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.HubServer() as server:
+        yield server
 
 
 CHAT_TEMPLATE = (
