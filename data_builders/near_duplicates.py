@@ -21,6 +21,7 @@ import PIL.Image
 from biasunlearn_trainer.data_builders.images import image_bytes, image_key
 
 MAX_DIFFERENT_BITS = 4
+NUM_BITS = 512
 _WORDS = re.compile(r"\w+")
 
 
@@ -86,6 +87,7 @@ class NearDuplicates:
         self._ends = np.cumsum([0, *(words.size for words in texts)])
         self._shingles = np.concatenate([np.empty(0, np.uint32), *texts])
         self._known, self._counts = np.unique(self._shingles, return_counts=True)
+        self._bits = np.array([_bits(words) for words in texts], np.uint64).reshape(len(texts), NUM_BITS // 64)
         self._rows_with: dict[int, list[int]] = {}
         for number in range(len(texts)):
             for shingle in self._rarest(self._words(number)):
@@ -118,13 +120,16 @@ class NearDuplicates:
         return None
 
     def _candidates(self, words: np.ndarray) -> np.ndarray:
-        """The rows that share a rare shingle and are of a size that allows the similarity."""
+        """The rows that share a rare shingle, and whose bits allow the similarity.
+
+        Two texts at the threshold t differ in at most (1 - t) / (1 + t) of their shingles, and bits differ in no more.
+        """
         shared = np.array(
             list({other for shingle in self._rarest(words) for other in self._rows_with.get(shingle, ())}), np.int64
         )
         sizes = self._ends[shared + 1] - self._ends[shared]
-        smaller, larger = np.minimum(sizes, words.size), np.maximum(sizes, words.size)
-        return shared[smaller >= self.threshold * larger - 1e-9]
+        different = np.bitwise_count(self._bits[shared] ^ _bits(words)).sum(axis=1, dtype=np.int64)
+        return shared[different <= (1 - self.threshold) / (1 + self.threshold) * (sizes + words.size) + 1e-9]
 
     def _near_texts(self, words: np.ndarray, others: np.ndarray) -> list[tuple[float, int]]:
         """Similarity and negated number of the rows at the threshold, all compared at once."""
@@ -151,6 +156,13 @@ class NearDuplicates:
         if key not in self._hashes:
             self._hashes[key] = difference_hash(PIL.Image.open(io.BytesIO(image_bytes(image))))
         return self._hashes[key]
+
+
+def _bits(words: np.ndarray) -> np.ndarray:
+    """A bit for each shingle, by its hash; several may share one."""
+    flags = np.zeros(NUM_BITS, np.uint8)
+    flags[words % NUM_BITS] = 1
+    return np.packbits(flags).view(np.uint64)
 
 
 def difference_hash(picture: PIL.Image.Image) -> int:

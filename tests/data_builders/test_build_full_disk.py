@@ -85,7 +85,7 @@ def test_a_limit_on_files(tmp_path):
         check_full_then_roomy(recipe, server, tmp_path / "out", full, lambda: None)
 
 
-@pytest.mark.parametrize(("size", "while_asking"), [("12k", True), ("24k", False)])
+@pytest.mark.parametrize(("size", "while_asking"), [("12k", True), pytest.param("24k", False, marks=pytest.mark.slow)])
 def test_a_file_system_without_room(tmp_path, size, while_asking):
     disk = tmp_path / "disk"
     disk.mkdir()
