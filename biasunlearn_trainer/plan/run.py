@@ -9,25 +9,35 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from biasunlearn_trainer.collators import StreamCollator
-from biasunlearn_trainer.models import FSDP_VARIABLE, load_config, load_processor
-from biasunlearn_trainer.plan.backends import SHARDED, memory
+from biasunlearn_trainer.models import load_config, load_processor
+from biasunlearn_trainer.plan.backends import memory
 from biasunlearn_trainer.plan.batch import longest_draws, stand_in_batch, stand_in_rows
 from biasunlearn_trainer.plan.model import build_model, weights_dtype
 from biasunlearn_trainer.plan.optimizers import STATES
 from biasunlearn_trainer.plan.quantised import PackedLinear
-from biasunlearn_trainer.plan.report import Plan
+from biasunlearn_trainer.plan.report import Plan, describe
 from biasunlearn_trainer.plan.shadow import Shadow
 from biasunlearn_trainer.plan.trace import COMPUTED_IN, Step, trace_step
 from biasunlearn_trainer.plan.trainer import build_trainer
 from biasunlearn_trainer.recipe import Recipe, RecipeError
 from biasunlearn_trainer.runner.data import load_streams, resolve_testbed
-from biasunlearn_trainer.runner.models import whole_weights
+from biasunlearn_trainer.runner.launch import backend_faults
+from biasunlearn_trainer.sharding import FSDP_VARIABLE, is_fsdp, whole_weights
 from biasunlearn_trainer.trainers.config import BUILT_MASKS
+
+
+def show_plan(recipe: Recipe) -> None:
+    """Prints a recipe's plan, from the main process; see `plan`."""
+    made = plan(recipe)
+    if PartialState().is_main_process:
+        print(describe(made), flush=True)
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -94,7 +104,7 @@ def backend_of(recipe: Recipe) -> tuple[str, int]:
         return "zero3", processes
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return "zero2", processes
-    if os.environ.get(FSDP_VARIABLE, "").lower() == "true":
+    if is_fsdp():
         return "fsdp2", processes
     return ("ddp" if processes > 1 else "none"), processes
 
@@ -106,30 +116,23 @@ def _check_backend(recipe: Recipe, backend: str, processes: int) -> None:
     faults = []
     if backend == "none" and processes > 1:
         faults.append(f"plan_backend: none is one process, not {processes}. Use ddp, zero2, zero3 or fsdp2.")
-    if backend in SHARDED and (recipe.run.probes or recipe.run.bias_probe):
-        faults.append(f"probes need whole weights on every process, and {backend} shards them. Use ddp or zero2.")
-    if backend in SHARDED and recipe.model.load_in_8bit:
-        faults.append(f"load_in_8bit: 8-bit weights cannot be sharded by {backend}. Use load_in_4bit, or ddp.")
     with _launched_as(backend):
-        try:
-            recipe.trainer_class.check_masking(recipe.training)
-        except ValueError as err:
-            faults.append(str(err))
+        faults += backend_faults(recipe)
     if faults:
         raise RecipeError(faults, recipe.source)
 
 
 @contextmanager
 def _launched_as(backend: str) -> Iterator[None]:
-    """Inside, the trainers' own checks find weights sharded if the backend shards them."""
-    before = os.environ.get(FSDP_VARIABLE)
-    os.environ[FSDP_VARIABLE] = str(backend in SHARDED).lower()
-    try:
+    """Inside, checks find weights sharded as the backend does it."""
+    with whole_weights():
+        if backend == "zero3":
+            config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+            hf_deepspeed.set_hf_deepspeed_config(config)
+        if backend == "fsdp2":
+            os.environ[FSDP_VARIABLE] = "true"
         yield
-    finally:
-        os.environ.pop(FSDP_VARIABLE)
-        if before is not None:
-            os.environ[FSDP_VARIABLE] = before
+        os.environ.pop(FSDP_VARIABLE, None)
 
 
 def _config(recipe: Recipe) -> PreTrainedConfig:

@@ -20,9 +20,13 @@ def check_launch(recipe: Recipe) -> None:
         RecipeError: with all faults at once.
     """
     notice_fallback(recipe)
-    checks = (_world_faults, _precision_faults, _quantisation_faults, _probe_faults, _mask_faults)
-    if faults := [fault for check in checks for fault in check(recipe)]:
+    if faults := [*_world_faults(recipe), *_precision_faults(recipe), *backend_faults(recipe)]:
         raise RecipeError(faults, recipe.source)
+
+
+def backend_faults(recipe: Recipe) -> list[str]:
+    """What the recipe asks for that the backend cannot do."""
+    return [fault for check in (_quantisation_faults, _probe_faults, _mask_faults) for fault in check(recipe)]
 
 
 def notice_fallback(recipe: Recipe) -> None:

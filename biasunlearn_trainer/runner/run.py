@@ -109,13 +109,18 @@ def run(recipe: Recipe) -> dict[str, EvalResult] | None:
         recipe: what `parse_recipe` returned; its testbed is resolved in place.
 
     Returns:
-        Results by name, `before`, `after` and, where there is one, `oracle`; None for a dry run.
+        Results by name, `before`, `after` and, where there is one, `oracle`; None for a dry run or a plan.
 
     Raises:
         RecipeError: the data, the model's path or the output folder do not do; nothing was written or trained.
         RunError: memory or disk ran out, or the weights are no numbers any more.
         Interrupted: Ctrl-C or SIGTERM came in training; the step was finished and saved.
     """
+    if recipe.run.plan:
+        from biasunlearn_trainer.plan import show_plan
+
+        show_plan(recipe)
+        return None
     started = time.monotonic()
     check_writable(recipe)
     check_launch(recipe)
