@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -501,23 +502,31 @@ def test_a_killed_build_draws_nothing_twice(saved, rows, tmp_path):
     assert report.splits["train"].fingerprint == undisturbed.splits["train"].fingerprint
 
 
-def launched(path, count):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command += ["-m", "biasunlearn_trainer.data_builders.build", str(path)]
+def launched(path, launcher):
+    """Builds in two processes, launched by torchrun or, which saves its start, as it launches them."""
+    python, build = [sys.executable], ["-m", "biasunlearn_trainer.data_builders.build", str(path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    ) as process:
-        try:
-            stdout, stderr = process.communicate(timeout=300)
-        finally:
-            # Of a launch that hangs the processes, too.
+    if launcher == "torchrun":
+        given = [([*python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *build], env)]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        given = [(python + build, {**env, **place, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    running = [subprocess.Popen(command, env=own, **pipes) for command, own in given]
+    try:
+        said = [process.communicate(timeout=300) for process in running]
+    finally:
+        # Of a launch that hangs the processes, too.
+        for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+    return max(abs(process.returncode) for process in running), *("".join(texts) for texts in zip(*said, strict=True))
 
 
-def test_two_processes_build_what_one_builds(saved, rows, tmp_path):
+@pytest.mark.parametrize("launcher", ["environment", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_two_processes_build_what_one_builds(saved, rows, tmp_path, launcher):
     given = [*many(rows, 7), {**rows[0], "source_id": "long", "completion": "a" * 80}]
     alone = building.build(read_build_recipe(write_recipe(tmp_path, given, saved, "alone")), show_progress=False)
     path = write_recipe(tmp_path, given, saved, "together")
@@ -532,10 +541,10 @@ def test_two_processes_build_what_one_builds(saved, rows, tmp_path):
             picture.unlink()
     kept = next((cache / name).glob("*.png"))
     before = kept.stat().st_mtime_ns
-    done = launched(path, 2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("together/data/train.parquet: 7 rows") == 1
-    assert "over the text encoder's limit 1" in done.stdout
+    code, told, errors = launched(path, launcher)
+    assert code == 0, errors
+    assert told.count("together/data/train.parquet: 7 rows") == 1
+    assert "over the text encoder's limit 1" in told
     report = json.loads((tmp_path / "together/build.json").read_text())["report"]
     assert report["splits"]["train"]["fingerprint"] == alone.splits["train"].fingerprint
     assert report["rejects"] == alone.rejects
@@ -547,9 +556,9 @@ def test_two_processes_build_what_one_builds(saved, rows, tmp_path):
 def test_a_fault_in_one_process_ends_them_all(saved, rows, tmp_path):
     options = {"pipeline": str(saved / "edits"), "task": "image_to_image", "strength": 0.5}
     path = write_recipe(tmp_path, many(rows, 4), saved, **options)
-    done = launched(path, 2)
-    assert done.returncode != 0
-    assert "cannot be loaded for image_to_image" in done.stderr
-    done = launched(tmp_path / "absent.yaml", 2)
-    assert done.returncode != 0
-    assert done.stderr.count("no such recipe") == 1
+    code, _, errors = launched(path, "torchrun")
+    assert code != 0
+    assert "cannot be loaded for image_to_image" in errors
+    code, _, errors = launched(tmp_path / "absent.yaml", "torchrun")
+    assert code != 0
+    assert errors.count("no such recipe") == 1
