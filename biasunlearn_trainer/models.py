@@ -54,6 +54,7 @@ __all__ = [
     "has_fresh_adapter",
     "image_placeholder",
     "image_token_id",
+    "keeping_frozen",
     "lays_image_tokens",
     "load_config",
     "load_model",
@@ -128,7 +129,20 @@ def load_model(
     config = load_config(name_or_path, revision, trust_remote_code)
     model = model_class(config).from_pretrained(name_or_path, use_safetensors=True, **options)
     accept_published_names(model)
+    if quantization_config is not None:
+        _keep_unpacked(model)
     return model
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """Has bitsandbytes leave 4-bit weights as they are when a model is evaluated on a CPU.
+
+    It would lay them out for inference, and a training step after that would get no gradient through them (0.50, CPUs
+    with AVX512-BF16).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def accept_published_names(model: PreTrainedModel) -> None:
@@ -213,6 +227,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off and no gradients, until the end of the block."""
     with without_dropout(model), torch.no_grad():
         yield
+
+
+@contextmanager
+def keeping_frozen(model: nn.Module) -> Iterator[None]:
+    """What is frozen before the block is frozen after it: PEFT makes an adapter trainable that it switches or loads.
+
+    Else a part of an adapter that stays as it is would get gradients, which no optimizer uses but every norm counts.
+    """
+    trained = [(value, value.requires_grad) for value in model.parameters()]
+    try:
+        yield
+    finally:
+        for value, is_trained in trained:
+            if value.requires_grad != is_trained:
+                value.requires_grad_(is_trained)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions
 from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
-from biasunlearn_trainer.models import evaluating, load_model
+from biasunlearn_trainer.models import evaluating, keeping_frozen, load_model
 from biasunlearn_trainer.sharding import inference_engine, is_partitioned, running
 from biasunlearn_trainer.streams import dealt_batches
 
@@ -40,7 +40,7 @@ class AdapterReference:
     def output(self, model: nn.Module, batch: dict[str, Tensor]) -> CompletionOutput:
         """One forward pass of the reference over a stream's batch."""
         policy = model.module if hasattr(model, "module") else model
-        with evaluating(policy), policy.disable_adapter():
+        with keeping_frozen(policy), evaluating(policy), policy.disable_adapter():
             return forward_completions(policy, batch)
 
 

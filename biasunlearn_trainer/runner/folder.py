@@ -68,6 +68,8 @@ MAY_CHANGE = (
     # Their product with the number of processes has to stay; the checkpoint says what it was.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "reference_cache_dir",
+    "saliency_cache_dir",
     "tasks",
     "probes",
     "oracle_model",

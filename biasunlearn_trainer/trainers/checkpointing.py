@@ -33,6 +33,7 @@ from biasunlearn_trainer.checkpoints import (
     rotate,
 )
 from biasunlearn_trainer.guards import REMEDY, TrainingFault
+from biasunlearn_trainer.models import keeping_frozen
 from biasunlearn_trainer.reference import PrecomputedReference
 from biasunlearn_trainer.sharding import is_fsdp
 
@@ -328,6 +329,10 @@ class Checkpointing:
             f"step {step + 1}: the gradient's norm is {norm}; the run stops before it spoils the weights. {where} "
             f"{REMEDY}"
         )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with keeping_frozen(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         trained = super()._init_training_state(max_steps, *args, **kwargs)
