@@ -158,14 +158,15 @@ def main() -> None:
     parser.add_argument("--backend", default="")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--cases", nargs="+")
     arguments = parser.parse_args()
     import biasunlearn_trainer  # noqa: F401  before transformers, for torchvision beside a CPU torch
 
     results = {}
     for method in arguments.methods:
         results[method] = {
-            name: learn(arguments.folder, method, case, arguments.backend, arguments.device)
-            for name, case in CASES.items()
+            name: learn(arguments.folder, method, CASES[name], arguments.backend, arguments.device)
+            for name in arguments.cases
         }
     if os.environ.get("RANK", "0") == "0":
         arguments.output.with_suffix(".json").write_text(json.dumps(results))

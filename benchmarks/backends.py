@@ -55,6 +55,7 @@ def run(backend: str | None, processes: int, arguments: argparse.Namespace, fold
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command = [*launch, str(Path(__file__).with_name("backend_cases.py")), str(folder), str(output)]
     command += ["--backend", backend or "", "--device", arguments.device, "--methods", *arguments.methods]
+    command += ["--cases", *arguments.cases]
     print(f"{NAMES.get(backend, 'one process')} ...", file=sys.stderr, flush=True)
     done = subprocess.run(
         command,
@@ -99,6 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=["ddp", "zero2", "zero3"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="show what the launches print")
@@ -112,7 +114,7 @@ def main() -> int:
         results = {name: run(name, arguments.processes, arguments, folder) for name in arguments.backends}
     text, good = table(alone, results)
     logs = [log for outcome in results.values() for cases in outcome.values() for log in cases.values()]
-    print(f"Largest difference of any logged part of the loss to one process, {len(CASES)} cases a method at most:\n")
+    print(f"Largest difference of any logged part of the loss to one process, {len(arguments.cases)} cases a method:\n")
     print(text)
     for reason in sorted({log for log in logs if isinstance(log, str)}):
         print(f"\nrefused: {reason}")
