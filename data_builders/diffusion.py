@@ -138,7 +138,7 @@ class Diffusion:
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
+        except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError) as err:
             fault = f"the pipeline {self._pipeline!r} cannot be loaded for {self._task}: {_said(err)}"
             raise StageError(fault) from err
         self._check(pipe)
@@ -165,6 +165,7 @@ class Diffusion:
             if name not in accepted:
                 kind = type(pipe).__name__
                 raise StageError(f"{kind} ({self._pipeline}) takes no `{name}`, which {self._task} needs.")
+        self._check_steps(accepted)
         if "safety_checker" not in pipe.components or pipe.safety_checker is None:
             self.checker = "none in this pipeline"
             logger.warning("%s has no safety checker: nobody looks at its pictures before you do.", self._pipeline)
@@ -174,6 +175,17 @@ class Diffusion:
             self.checker = "switched off"
             pipe.safety_checker = None
             logger.warning("%s: the safety checker was switched off (`safety_checker: false`).", self._pipeline)
+
+    def _check_steps(self, accepted: Mapping[str, inspect.Parameter]) -> None:
+        """A variation takes the share `strength` of the steps; with none of them some pipelines fail in the decoder."""
+        if self._task != "image_to_image" or not {"strength", "num_inference_steps"} <= set(accepted):
+            return
+        named = ("num_inference_steps", "strength")
+        steps, strength = (self._call.get(name, accepted[name].default) for name in named)
+        if int(steps * strength) < 1:
+            raise StageError(
+                f"{steps} step(s) with `strength` {strength} leave none to draw; their product must be 1 or more."
+            )
 
     def too_long(self, prompt: str) -> str | None:
         """Says how far a prompt goes over the limit of one of the text encoders, or None: it would be cut silently."""

@@ -301,6 +301,13 @@ def test_wrong_ids_are_named(saved, rows, tmp_path, monkeypatch):
         run(RephraseImage(pipeline="nobody/nothing"), rows, tmp_path)
 
 
+def test_a_variation_without_a_step_is_said(saved, rows, tmp_path):
+    with pytest.raises(StageError, match=r"2 step\(s\) with `strength` 0.4 leave none to draw"):
+        run(make(saved, task="image_to_image", strength=0.4), rows, tmp_path)
+    out, _ = run(make(saved, task="image_to_image", strength=0.5), rows[:1], tmp_path)
+    assert len(out) == 1
+
+
 class Burglar:
     """A pickle that does something when it is read."""
 
@@ -480,11 +487,14 @@ def test_a_killed_build_draws_nothing_twice(saved, rows, tmp_path):
     store = tmp_path / "mine/.cache" / f"{stage_id(read_build_recipe(path).stages[0])}.jsonl"
     child = os.fork()
     if child == 0:
-        import torch
+        # A child that ends in any other way would go on with the tests.
+        try:
+            import torch
 
-        torch.set_num_threads(1)
-        building.build(read_build_recipe(path), show_progress=False)
-        os._exit(0)
+            torch.set_num_threads(1)
+            building.build(read_build_recipe(path), show_progress=False)
+        finally:
+            os._exit(0)
     deadline = time.monotonic() + 60
     while (not store.exists() or store.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
         time.sleep(0.002)
