@@ -104,6 +104,6 @@ def _config(path: Path) -> Path | bytes:
 
 
 def _model(run: FinishedRun, source: str) -> str:
-    if source and Path(source).resolve() == run.folder.resolve():
+    if source in (str(run.folder), run.recipe.get("output_dir")):
         return "this model"
     return without_paths(public_name(source) or "")

@@ -131,7 +131,7 @@ def reserve(repo_id: str, private: bool | None, token: str | None, folder: str |
     check_token(token)
     with explained(repo_id, folder, None):
         api = HfApi(token=token)
-        found = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        found = _repository(api, repo_id, private)
         _check_repository(api.model_info(found), private, overwrite=False)
     return found
 
@@ -161,7 +161,7 @@ def _send(
     overwrite: bool,
     message: str | None,
 ) -> str:
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    repo_id = _repository(api, repo_id, private)
     _check_repository(api.model_info(repo_id), private, overwrite)
     if revision:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -172,6 +172,14 @@ def _send(
     message = message or "Upload an unlearned model with its card"
     commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
     return str(commit.commit_url)
+
+
+def _repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """OWNER/NAME of the repository, which is made where it is not there."""
+    try:
+        return api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except KeyError as err:  # the client looks for the address of what is there; some conflicts have none
+        raise HubError(_reason(409, repo_id)) from err
 
 
 def _check_repository(info: Any, private: bool | None, overwrite: bool) -> None:
@@ -193,6 +201,8 @@ def explained(repo_id: str, folder: str | Path, again: str | None) -> Iterator[N
     """Turns what the Hub or the network answers into what to do; no answer is passed on with a token in it."""
     try:
         yield
+    except HubError as err:
+        raise HubError(_with_rest(str(err), folder, again)) from err
     except HfHubHTTPError as err:
         reason = _reason(err.response.status_code, repo_id)
         said = f" The Hub said: {TOKEN.sub('(token)', err.server_message)}" if err.server_message else ""
