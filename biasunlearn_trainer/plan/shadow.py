@@ -21,10 +21,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 aten = torch.ops.aten
 LARGE = 1 << 22
 """Elements from which whole numbers, too, only pretend: a saliency mask has one for each weight."""
-
-
 UNKNOWN_SHARE = 0.5
 """Of the elements under a mask that only pretends to exist, how many are taken to be chosen by it."""
+
+
+class _OneMode(FakeTensorMode):
+    """A mode that stays the same when a model is copied with its tensors, which know their mode."""
+
+    def __deepcopy__(self, memo: dict) -> FakeTensorMode:
+        return self
 
 
 class Shadow(TorchDispatchMode):
@@ -32,7 +37,7 @@ class Shadow(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=False)
+        self.fake = _OneMode(allow_non_fake_inputs=False)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """A tensor without memory."""
