@@ -1,57 +1,17 @@
 """What the Fisher pass holds at its peak, in bytes of tensors."""
 
-import weakref
-
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import forward_completions
 from biasunlearn_trainer.losses import nll_loss
 from biasunlearn_trainer.models import load_processor
+from biasunlearn_trainer.plan.meter import TensorBytes
 from biasunlearn_trainer.saliency import SaliencyBuilder, SaliencySettings
-
-
-class TensorBytes(TorchDispatchMode):
-    """Bytes of all storages alive, and their peak, from the first operation inside on."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
-        for tensor in known:
-            self._meet(tensor)
-
-    def _meet(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.alive:
-            self.alive[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._part, storage._cdata)
-
-    def _part(self, key):
-        self.now -= self.alive.pop(key, 0)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
-                self._meet(leaf)
-        return result
-
-
-def test_the_meter_meters():
-    weight = torch.zeros(1000)
-    with TensorBytes(weight) as meter:
-        doubled = weight * 2
-        del doubled
-        tripled = weight * 3
-    assert meter.now == 8000 and meter.peak == 8000 and tripled.sum() == 0
 
 
 @pytest.mark.slow
