@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 TEXT_TOKENS = 512
 """Length of a row's text where neither data nor `max_length` nor the plan says."""
 PICTURE_SIDE = 448
-"""Pixels of a picture's side, for models that take pictures of any size: in the middle of what their processors keep."""
+"""Pixels of a picture's side, for models that take any size: in the middle of what their processors keep."""
 
 
 def stand_in_rows(number: int) -> list[dict[str, Any]]:

@@ -57,6 +57,4 @@ def weights_dtype(config: PreTrainedConfig, named: str | None) -> torch.dtype:
 
 def reference_config(recipe: Recipe) -> PreTrainedConfig:
     """The configuration of the other model that the recipe names as its reference."""
-    return load_config(
-        recipe.training.reference_model_name_or_path, trust_remote_code=recipe.run.trust_remote_code
-    )
+    return load_config(recipe.training.reference_model_name_or_path, trust_remote_code=recipe.run.trust_remote_code)

@@ -252,5 +252,5 @@ def _notes(recipe: Recipe, step: Step, backend: str, optim: str) -> list[str]:
     if step.kept:
         notes.append("how much of the mask is salient is not known before it is made; half is assumed for the copy")
     if backend in ("zero2", "zero3"):
-        notes.append("ZeRO with DeepSpeed's own bucket sizes and no offload; its overlapping of communication adds more")
+        notes.append("ZeRO with DeepSpeed's own bucket sizes and no offload; overlapping communication adds more")
     return notes

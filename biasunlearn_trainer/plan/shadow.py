@@ -49,9 +49,9 @@ class Shadow(TorchDispatchMode):
             return args[0].fake_device if isinstance(args[0], FakeTensor) else function(*args)
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
-            if tensors or not _makes_fractions(function, args, kwargs):
-                return function(*args, **kwargs)
+        is_real = not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if is_real and (tensors or not _makes_fractions(function, args, kwargs)):
+            return function(*args, **kwargs)
         if function is aten.index.Tensor and _unknown_mask(args):
             return self._some(args[0])
         if function in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
@@ -59,7 +59,7 @@ class Shadow(TorchDispatchMode):
         with self.fake:
             args, kwargs = tree_map_only(Tensor, self._pretend, (args, kwargs))
             result = function(*args, **kwargs)
-        # What the mode remembers of a tensor is a weak reference, and a tensor with one cannot change its type in place.
+        # The mode remembers tensors by weak references, and a tensor with one cannot change its type in place.
         self.fake.fake_tensor_converter.meta_converter.tensor_memo.clear()
         return result
 

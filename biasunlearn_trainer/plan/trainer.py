@@ -90,7 +90,9 @@ def build_trainer(
     Raises:
         ValueError: where model, settings and data do not go together, as in training.
     """
-    planned = type(recipe.trainer_class.__name__, (_Planned, recipe.trainer_class), {"shadow": shadow, "recipe": recipe})
+    planned = type(
+        recipe.trainer_class.__name__, (_Planned, recipe.trainer_class), {"shadow": shadow, "recipe": recipe}
+    )
     steering = {"bias_probe": lambda _: {}} if recipe.run.bias_probe is not None else {}
     with shadow:
         trainer = planned(

@@ -107,7 +107,9 @@ def test_the_command_prints_and_loads_nothing(tmp_path, capsys):
 
 def test_lengths_and_steps_of_the_data(write_recipe):
     made = plan(parse_recipe([write_recipe("npo", max_steps=-1, num_train_epochs=3)]))
-    assert made.steps == 6 and "the longest rows of the data" in made.rows and made.reference == "forget: a number a row"
+    assert (
+        made.steps == 6 and "the longest rows of the data" in made.rows and made.reference == "forget: a number a row"
+    )
     assert made.memory.reference == 4 * 8
 
 

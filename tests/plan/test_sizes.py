@@ -61,7 +61,10 @@ def test_8_bit_states_are_a_byte_and_a_scale_for_256():
 def test_packed_weights_have_the_bytes_of_nf4():
     layer = torch.nn.Linear(256, 512, bias=False, dtype=BF16)  # 131,072 weights, 2048 blocks of 64
     plain, nested = (PackedLinear(layer, 4, nested, BF16) for nested in (False, True))
-    held = [sum(v.nbytes for v in (*m.parameters(), *m.buffers())) for m in (plain, nested, PackedLinear(layer, 8, False, BF16))]
+    held = [
+        sum(v.nbytes for v in (*m.parameters(), *m.buffers()))
+        for m in (plain, nested, PackedLinear(layer, 8, False, BF16))
+    ]
     assert held == [65_536 + 4 * 2048, 65_536 + 2048 + 4 * 8, 131_072 + 4 * 512]
     inputs = torch.ones(3, 256, dtype=BF16, requires_grad=True)
     nested(inputs).sum().backward()
