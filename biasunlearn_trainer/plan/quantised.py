@@ -5,6 +5,7 @@ bitsandbytes itself wants a GPU for a model that is never loaded; sizes need non
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,4 +85,8 @@ def pack_linears(model: nn.Module, bits: int, nested: bool, dtype: torch.dtype) 
         model.set_submodule(name, PackedLinear(model.get_submodule(name), bits, nested, dtype))
     model.requires_grad_(False)
     model.is_quantized = True
+    # What the Trainer asks before it trains a quantised model.
+    model.hf_quantizer = SimpleNamespace(
+        is_trainable=True, quantization_config=SimpleNamespace(quant_method="bitsandbytes")
+    )
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = bits == 4, bits == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,7 +66,7 @@ def plan(recipe: Recipe) -> Plan:
         dtype, precision = COMPUTED_IN[precision], "no"  # DeepSpeed casts the model itself
     shadow = Shadow()
     try:
-        with whole_weights():
+        with whole_weights(), _writes_nothing(recipe):
             model = build_model(shadow, recipe, config, dtype)
             rows = sets or {name: stand_in_rows(_most_rows(recipe)) for name in _needed(recipe)}
             trainer = build_trainer(shadow, recipe, model, rows, processing_class if sets else None, config)
@@ -93,6 +94,19 @@ def plan(recipe: Recipe) -> Plan:
         gpu_name=gpu[1],
         notes=notes + _notes(recipe, step, backend, optim),
     )
+
+
+@contextmanager
+def _writes_nothing(recipe: Recipe) -> Iterator[None]:
+    """Inside, a trainer that is built makes its folder elsewhere, and no repository on the Hub."""
+    args = recipe.training
+    before = args.output_dir, args.push_to_hub
+    with tempfile.TemporaryDirectory() as folder:
+        args.output_dir, args.push_to_hub = folder, False
+        try:
+            yield
+        finally:
+            args.output_dir, args.push_to_hub = before
 
 
 def backend_of(recipe: Recipe) -> tuple[str, int]:
