@@ -47,7 +47,7 @@ class Run:
         self.signal(signal.SIGUSR1)
         while self.status is None and time.monotonic() < until:
             text = self.stacks.read_text()[seen:]
-            if text.endswith("\n") and "most recent call first" in text:
+            if " in <module>\n" in text:  # the outermost call, so all of it is written
                 lines = [line.strip() for line in text.splitlines() if line.startswith("  File")]
                 return [(Path(line.split('"')[1]).name, line.rpartition(" in ")[2]) for line in lines]
             time.sleep(0.0005)
