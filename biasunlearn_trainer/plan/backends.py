@@ -9,9 +9,6 @@ from dataclasses import dataclass, fields
 from biasunlearn_trainer.plan.optimizers import OptimizerBytes, optimizer_bytes, shards
 from biasunlearn_trainer.plan.trace import Step
 
-BACKENDS = ("none", "ddp", "zero2", "zero3", "fsdp2")
-SHARDED = ("zero3", "fsdp2")
-"""Those that leave each process with a part of the weights."""
 REDUCE_BUCKET = 500_000_000
 """DeepSpeed's `reduce_bucket_size`: elements of the buffer in which ZeRO gathers gradients, allocated whole."""
 LIVE_PARAMETERS = 1_000_000_000
@@ -67,7 +64,7 @@ def memory(step: Step, backend: str, processes: int, optim: str, optim_args: str
 
     Args:
         step: traced on a process that holds everything itself.
-        backend: one of `BACKENDS`.
+        backend: `none`, `ddp`, `zero2`, `zero3` or `fsdp2`.
         processes: number of GPUs.
         optim: the optimizer's name.
         optim_args: its options.

@@ -13,11 +13,11 @@ from biasunlearn_trainer.plan.meter import TensorBytes
 from biasunlearn_trainer.recipe import parse_recipe
 
 SIZES = {
-    "small": {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3},
+    "small": {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2},
     "50M": {"vocab_size": 16_000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12},
 }
 VISION = {
-    "small": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "image_size": 48, "patch_size": 8},
+    "small": {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "image_size": 48, "patch_size": 8},
     "50M": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "image_size": 96, "patch_size": 8},
 }
 
