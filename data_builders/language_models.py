@@ -191,7 +191,9 @@ class LocalModel:
         self._tokenizer = AutoTokenizer.from_pretrained(self._name, padding_side="left")
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._model = AutoModelForCausalLM.from_pretrained(self._name, dtype="auto").to(self._device).eval()
+        # From safetensors alone: a pickle could run anything.
+        model = AutoModelForCausalLM.from_pretrained(self._name, dtype="auto", use_safetensors=True)
+        self._model = model.to(self._device).eval()
 
     def ask(self, texts: Sequence[str], temperature: float = 0.0, seed: int = 0) -> list[str]:
         """Answers a batch of texts.

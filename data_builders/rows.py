@@ -5,10 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import PIL.Image
 import pyarrow as pa
 from datasets import Dataset, Features, Image, LargeList, List, Value
 from datasets.features.features import generate_from_arrow_type
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from biasunlearn_trainer.data_builders.images import resolve_path, undecoded
 from biasunlearn_trainer.data_builders.schema import REQUIRED_COLUMNS, Faults, Record, check_columns, check_rows
@@ -156,6 +158,30 @@ def with_image_list(dataset: Dataset, faults: Faults, folder: Path | None, allow
         return dataset.remove_columns("images")
     has_pictures = any(row["images"] for row in undecoded(dataset.select_columns("images")))
     return dataset if has_pictures else dataset.remove_columns("images")
+
+
+def check_brought_pictures(dataset: Dataset, faults: Faults) -> None:
+    """Notes pictures that a set from the Hub does not bring: rows by others must name no file of this machine, no URL.
+
+    Args:
+        dataset: as loaded, with `images` or `image`.
+        faults: where the rows are noted.
+    """
+    caches = [Path(folder).resolve() for folder in (datasets.config.HF_CACHE_HOME, HF_HUB_CACHE)]
+    columns = [name for name in ("images", "image") if name in dataset.column_names]
+    for number, row in enumerate(undecoded(dataset.select_columns(columns)) if columns else (), start=1):
+        for value in row.values():
+            for image in value if isinstance(value, list) else [value]:
+                path = image.get("path") if isinstance(image, dict) else image
+                has_bytes = isinstance(image, dict) and image.get("bytes") is not None
+                if has_bytes or not isinstance(path, str):
+                    continue
+                if not any(Path(path).resolve().is_relative_to(folder) for folder in caches):
+                    faults.add(
+                        f"names the file {path!r} in place of a picture, which a set from the Hub may not; download "
+                        "the set and its pictures, and name the folder",
+                        f"row {number}",
+                    )
 
 
 def _holds_pictures(element: Any) -> bool:

@@ -88,7 +88,7 @@ def convert(
         AutoImageProcessor.from_pretrained(blip2), tokenizer, num_query_tokens=base.num_query_tokens
     )
     tokenizer.chat_template = chat_template(prompt)
-    language_model = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype)
+    language_model = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype, use_safetensors=True)
     _make_room(language_model, tokenizer)
     model = _empty_model(base, language_model, tokenizer)
     weights |= read_image_half(blip2)
@@ -132,6 +132,8 @@ def read_image_half(name_or_path: str) -> dict[str, Tensor]:
     files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {SAFE_WEIGHTS_NAME}
     weights = {}
     for file in sorted(files):
+        if Path(file).name != file:
+            raise ConversionError([f"{name_or_path}: its index names {file!r}, which leads out of its folder."])
         with safe_open(cached_file(name_or_path, file), framework="pt") as shard:
             weights |= {name: shard.get_tensor(name) for name in shard.keys() if name.startswith(IMAGE_HALF)}  # noqa: SIM118
     return weights

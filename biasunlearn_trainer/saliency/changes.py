@@ -114,6 +114,9 @@ class StoredWeights:
         index = self.folder / INDEX_FILE
         if index.is_file():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for name in set(names.values()):
+                if Path(name).name != name:
+                    raise ValueError(f"{index} names {name!r}, which leads out of its folder.")
             return {key: self.folder / name for key, name in names.items()}
         if not (self.folder / WEIGHTS_FILE).is_file():
             raise OSError(f"{self.folder} holds neither {WEIGHTS_FILE} nor {ADAPTER_FILE}; expected a saved model.")

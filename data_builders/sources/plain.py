@@ -15,7 +15,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 
 from biasunlearn_trainer.data_builders.images import nearest_files
-from biasunlearn_trainer.data_builders.rows import records_to_dataset, with_image_list
+from biasunlearn_trainer.data_builders.rows import check_brought_pictures, records_to_dataset, with_image_list
 from biasunlearn_trainer.data_builders.schema import Faults, check_dataset
 from biasunlearn_trainer.data_builders.sources.records import READERS, data_suffix, read_records
 
@@ -37,7 +37,7 @@ def load_rows(
         split: Which split of a folder or a Hub set; a single file is one split, and its name is not asked for.
         config: Configuration of a Hub set that has several.
         check_images: Decode every picture once now, so that no broken one stops a training run later.
-        allow_outside: Let relative image paths leave the file's folder by "..".
+        allow_outside: Let relative image paths leave the file's folder by "..", and rows of a Hub set name files here.
 
     Returns:
         The rows. `images` is a `List(Image())` with an empty list in text rows; absent where no row has a picture.
@@ -63,6 +63,9 @@ def load_rows(
     else:
         dataset, folder = _load_from_hub(str(path_or_hub_id), split, config), None
     faults = Faults(str(path_or_hub_id))
+    if folder is None and not allow_outside:
+        check_brought_pictures(dataset, faults)
+        faults.raise_if_any()
     dataset = with_image_list(dataset, faults, folder, allow_outside)
     check_dataset(dataset, faults, check_images=check_images)
     faults.raise_if_any()

@@ -14,8 +14,8 @@ from biasunlearn_trainer.runner import main, run
 SENT = {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
 
 
-def words(finished_runs, tmp_path, *more):
-    pushed = ["--push_to_hub", "true", "--hub_model_id", "me/mine", "--output_dir", str(tmp_path / "out")]
+def words(finished_runs, tmp_path, *more, name="me/mine"):
+    pushed = ["--push_to_hub", "true", "--hub_model_id", name, "--output_dir", str(tmp_path / "out")]
     return [str(finished_runs / "recipe.yaml"), *pushed, "--use_peft", *more]
 
 
@@ -43,7 +43,7 @@ def test_a_recipe_publishes_its_run_once_when_it_is_measured(finished_runs, onli
 
 
 def test_a_name_that_is_forbidden_is_known_before_the_model_is_loaded(finished_runs, online, tmp_path, capsys):
-    assert main(words(finished_runs, tmp_path, "--hub_model_id", "them/theirs")) == 2
+    assert main(words(finished_runs, tmp_path, name="them/theirs")) == 2
     said = capsys.readouterr().err
     assert "may not write to them/theirs" in said and "Nothing was trained" in said
     assert not (tmp_path / "out" / "results.json").exists()
@@ -66,7 +66,7 @@ def test_settings_without_effect_and_tokens_are_refused_without_a_word_of_the_to
         parse_recipe(words(finished_runs, tmp_path, "--hub_token", online.token))
     assert "hf auth login" in str(caught.value) and online.token not in str(caught.value)
     with pytest.raises(RecipeError, match="OWNER/NAME"):
-        run(parse_recipe(words(finished_runs, tmp_path, "--hub_model_id", "no name")))
+        run(parse_recipe(words(finished_runs, tmp_path, name="no name")))
     assert online.requests == []
 
 
@@ -109,7 +109,7 @@ def test_numbers_of_other_weights_are_not_put_on_a_card(trainer, finished, onlin
     other = finished()
     for name in ("results.json", "environment.json"):
         (tmp_path / "mine" / name).write_bytes((other / name).read_bytes())
-    with pytest.raises(ValueError, match="not those that results.json was measured on"):
+    with pytest.raises(ValueError, match=r"not those that results\.json was measured on"):
         mine.push_to_hub()
     assert online.commits == []
 
