@@ -104,15 +104,13 @@ class Assembly:
         found: dict[int, float] = {}
         numbers = np.flatnonzero(self.members[name])
         reported = self.rows(other)
-        while indexed := list(islice(reported, INDEXED_ROWS)):
-            index, before = NearDuplicates(indexed, self.recipe.near_duplicate_similarity), len(indexed)
-            del indexed
-            for number, row in zip(numbers.tolist(), self.rows(name), strict=True):
-                if number not in found and (near := index.nearest(row, number)):
-                    found[number] = near.similarity
-            del index
-            if before < INDEXED_ROWS:
+        while len(index := NearDuplicates(islice(reported, INDEXED_ROWS), self.recipe.near_duplicate_similarity)):
+            for number, near in zip(numbers.tolist(), index.search(self.rows(name)), strict=True):
+                if near is not None:
+                    found.setdefault(number, near.similarity)
+            if len(index) < INDEXED_ROWS:
                 break
+            del index  # before the next is made
         self.report.near_duplicates[f"{name} and {other}"] = len(found)
         action = self.recipe.on_near_duplicate
         if found and action == "raise":

@@ -1,5 +1,6 @@
 """Rows that stand in two sets at once: trained to be forgotten and kept, or trained on and then reported."""
 
+import functools
 import hashlib
 import io
 import json
@@ -106,18 +107,22 @@ def _without_pictures(dataset: Dataset | Iterable[dict]) -> Iterable[dict]:
 
 def _picture_digest(sets: Iterable[Dataset | Iterable[dict]]) -> Callable[[Any], bytes]:
     """How a picture's identity is taken: by its encoded bytes; by its pixels where a set holds decoded pictures."""
-    plain = [rows for rows in sets if not isinstance(rows, Dataset)]
-    by_pixels = any(isinstance(image, PIL.Image.Image) for rows in plain for row in rows for image in _images(row))
-    identity = _pixels if by_pixels else image_bytes
     cached = {}
+
+    @functools.cache
+    def identity() -> Callable[[Any], bytes]:
+        # Found out when the first picture is compared: sets without shared texts are not gone through for it.
+        plain = [rows for rows in sets if not isinstance(rows, Dataset)]
+        by_pixels = any(isinstance(image, PIL.Image.Image) for rows in plain for row in rows for image in _images(row))
+        return _pixels if by_pixels else image_bytes
 
     def digest(image: Any) -> bytes:
         # A decoded picture has no name to remember it by.
         if isinstance(image, PIL.Image.Image):
-            return content_digest(identity(image))
+            return content_digest(identity()(image))
         key = image_key(image)
         if key not in cached:
-            cached[key] = content_digest(identity(image))
+            cached[key] = content_digest(identity()(image))
         return cached[key]
 
     return digest

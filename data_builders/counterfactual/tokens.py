@@ -28,8 +28,8 @@ class Token:
 
     __slots__ = ("before", "clitic", "end", "initial", "lower", "start", "text")
 
-    def __init__(self, text: str, start: int, end: int, clitic: str, before: str, initial: bool):
-        self.text, self.lower, self.start, self.end = text, text.lower(), start, end
+    def __init__(self, text: str, start: int, clitic: str, before: str, initial: bool):
+        self.text, self.lower, self.start, self.end = text, text.lower(), start, start + len(text)
         self.clitic, self.before, self.initial = clitic, before, initial
 
 
@@ -46,16 +46,17 @@ class Sentence:
 
     def __init__(self, text: str, titles: frozenset[str] = frozenset()):
         """Splits a text; after `titles` ("Mr") a full stop ends no sentence."""
-        self.text, self.tokens, end, last = text, [], 0, ""
-        for match in _WORD.finditer(text):
-            start = match.start()
-            before = text[end:start]
+        self.text, self.tokens, start, last = text, [], 0, ""
+        # In turn: what stands between two words, a word, its clitic or None; at the end what follows the last one.
+        pieces = iter(_WORD.split(text))
+        for before, word, clitic in zip(pieces, pieces, pieces, strict=False):
+            start += len(before)
             initial = not last or (before != " " and not _SENTENCE_END.isdisjoint(before))
-            if initial and last in titles and before == ". ":
+            if initial and before == ". " and last in titles:
                 initial = False
-            word, clitic = match.groups("")
-            self.tokens.append(Token(word, start, start + len(word), clitic, before, initial))
-            end, last = match.end(), word.lower()
+            token = Token(word, start, clitic or "", before, initial)
+            self.tokens.append(token)
+            start, last = token.end + len(token.clitic), token.lower
         self.upper = text.isupper()
 
     def next(self, i: int) -> str:
