@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     for tuning in ("full", "LoRA")
     for checkpointing in (False, True)
 }
+if find_spec("bitsandbytes"):
+    CASES["text, QLoRA"] = {"modality": "text", "lora": True, "quantised": True, "settings": {}}
 
 
 def make_models(folder: Path) -> None:
@@ -90,6 +93,7 @@ def learn(folder: Path, method: str, case: dict[str, Any], backend: str, device:
     import torch
     from accelerate.state import AcceleratorState, GradientState
     from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
 
     from biasunlearn_trainer.models import load_model
     from biasunlearn_trainer.trainers.registry import get_method
@@ -118,9 +122,12 @@ def learn(folder: Path, method: str, case: dict[str, Any], backend: str, device:
     )
     assert args.world_size == processes, f"{processes} processes were launched, this one sees {args.world_size}"
     torch.manual_seed(0)
+    options = {}
+    if case.get("quantised"):
+        options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": {"": args.device}}
     try:
         trainer = trainer_class(
-            model=load_model(str(folder / case["modality"])),
+            model=load_model(str(folder / case["modality"]), **options),
             args=args,
             peft_config=LoraConfig(r=4) if case["lora"] else None,
             **datasets(trainer_class, args, case["modality"]),

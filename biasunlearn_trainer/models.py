@@ -41,6 +41,7 @@ from biasunlearn_trainer.groups import (
     lora_targets,
     module_groups,
 )
+from biasunlearn_trainer.sharding import is_partitioned
 
 __all__ = [
     "ADAPTER_FILE",
@@ -129,6 +130,10 @@ def load_model(
     config = load_config(name_or_path, revision, trust_remote_code)
     model = model_class(config).from_pretrained(name_or_path, use_safetensors=True, **options)
     accept_published_names(model)
+    if is_partitioned(model):
+        # What transformers 5.23 notes while it loads partitions, it applies twice when they are saved
+        # ("language_model.model.model"); without the note it saves the family's published names.
+        model.__dict__.pop("_weight_conversions", None)
     if quantization_config is not None:
         _keep_unpacked(model)
     return model

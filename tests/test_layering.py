@@ -20,7 +20,7 @@ OURS = {
     "guards": ("checkpoints",),
     "losses": ("losses",),
     "groups": ("sharding",),
-    "models": ("groups", "models"),
+    "models": ("groups", "models", "sharding"),
     "streams": ("streams",),
     "sharding": (),
     "untouched": (),

@@ -1,14 +1,24 @@
 """What a launch may not be, said before a model is loaded; and the whole run on every backend."""
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 
+from biasunlearn_trainer.eval.schema import load_results
 from biasunlearn_trainer.recipe import RecipeError, parse_recipe
 from biasunlearn_trainer.runner import run
 from biasunlearn_trainer.runner.launch import check_launch
 from biasunlearn_trainer.sharding import is_fsdp
+
+RUN = Path(__file__).resolve().parents[2] / "recipes" / "run.py"
 
 
 @pytest.fixture
@@ -71,3 +81,68 @@ def test_a_config_that_contradicts_the_recipe_is_refused(recipe_of, monkeypatch,
     with pytest.raises(RecipeError, match=message):
         check_launch(recipe_of(*words))
     check_launch(recipe_of())
+
+
+ZERO = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT_FLAG": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "DS_ACCELERATOR": "cpu",
+}
+LAUNCHES = {
+    "one": (1, {}),
+    "ddp": (2, {}),
+    "zero2": (2, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    "zero3": (2, {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}),
+}
+
+
+@pytest.fixture(scope="module")
+def run_as(tmp_path_factory):
+    """`run_as(launch)`: the planted world's recipe, eight steps, with probes, answers and oracle; its output folder."""
+    folders = {}
+
+    def whole_run(launch):
+        if launch in folders:
+            return folders[launch]
+        processes, environment = LAUNCHES[launch]
+        folder = folders[launch] = tmp_path_factory.mktemp(launch)
+        start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        keys = {"max_steps": 8, "per_device_train_batch_size": 8 // processes, "probe_steps": 4, "retain_loss": "kl"}
+        keys |= {"retain_dataset": "testbed:retain", "use_cpu": "true", "output_dir": folder}
+        words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+        done = subprocess.run(
+            [*(start if processes > 1 else start[:1]), RUN, RUN.with_name("planted_llava_npo.yaml"), *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "Error" in line)
+        return folder
+
+    return whole_run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["ddp", "zero2", "zero3"])
+def test_a_run_gives_the_same_numbers_on_every_backend(launch, run_as):
+    """Full fine-tuning against a second model; both the figures and the weights that were saved."""
+    if launch.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+    one, many = run_as("one"), run_as(launch)
+    for name in ("before", "after", "oracle"):
+        alone, together = (load_results(folder / "results.json")[name].tasks["planted"] for folder in (one, many))
+        for metric, value in alone.metrics.items():
+            assert together.metrics[metric].value == pytest.approx(value.value, abs=0.01), (name, metric)
+    probes = [
+        [entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+        for folder in (one, many)
+    ]
+    assert [e["loss"] for e in probes[0]] == pytest.approx([e["loss"] for e in probes[1]], abs=1e-3)
+    weights = [load_file(folder / "model.safetensors") for folder in (one, many)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=2e-4)
