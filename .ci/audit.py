@@ -29,7 +29,7 @@ def audit(service: str, words: list[str]) -> tuple[int, list[str], str]:
         return 0, [], lines[-1][:200] if lines else f"exit status {done.returncode}"
     known = [package for package in packages if "skip_reason" not in package]
     found = [
-        f"{package['name']} {package['version']}: {flaw['id']}, mended in {', '.join(flaw['fix_versions']) or 'nothing'}"
+        f"{package['name']} {package['version']}: {flaw['id']}, fixed in {', '.join(flaw['fix_versions']) or 'nothing'}"
         for package in known
         for flaw in package["vulns"]
     ]

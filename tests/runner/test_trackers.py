@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,18 +90,31 @@ def test_wandb_offline_holds_the_same(recipe_for, tmp_path, monkeypatch):
     assert any(name.endswith(".table.json") for name in names) and any(name.endswith(".png") for name in names)
 
 
-def test_trackio_holds_the_same_in_one_run(recipe_for, tmp_path, monkeypatch):
+READ_TRACKIO = """
+import sys
+from biasunlearn_trainer.runner import main
+assert main([sys.argv[1], "--report_to", "trackio", "--project", "ours"]) == 0
+import trackio
+from trackio.sqlite_storage import SQLiteStorage
+[only] = trackio.Api().runs("ours")
+print("NAMES", only.name, *{name for record in SQLiteStorage.get_logs("ours", only.name) for name in record})
+"""
+
+
+def test_trackio_holds_the_same_in_one_run(recipe_for, tmp_path):
+    """In a process of its own: trackio reads where its files lie when it is imported."""
     pytest.importorskip("trackio", reason="trackio is not installed: pip install trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    import trackio
-
-    run(recipe_for("trackio", "--project", "ours"))
-    [only] = trackio.Api().runs("ours")
-    assert only.name.startswith("out-")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    names = {name for record in SQLiteStorage.get_logs("ours", only.name) for name in record}
-    assert {"train/loss/forget", "train/probe/planted/facts", "results/after/planted/reliability"} <= names
+    done = subprocess.run(
+        [sys.executable, "-c", READ_TRACKIO, str(tmp_path / "recipe.yaml")],
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    name, *logged = done.stdout.split("NAMES ")[1].split()
+    assert name.startswith("out-")
+    assert {"train/loss/forget", "train/probe/planted/facts", "results/after/planted/reliability"} <= set(logged)
 
 
 @pytest.mark.parametrize(
