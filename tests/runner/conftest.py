@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 SERVER = Path(__file__).with_name("run_server.py")
+FRAME = re.compile(r'File "(.+)", line \d+ in (.+)')
 
 
 class Run:
@@ -46,10 +48,10 @@ class Run:
         until = time.monotonic() + 1
         self.signal(signal.SIGUSR1)
         while self.status is None and time.monotonic() < until:
-            text = self.stacks.read_text()[seen:]
-            if " in <module>\n" in text:  # the outermost call, so all of it is written
-                lines = [line.strip() for line in text.splitlines() if line.startswith("  File")]
-                return [(Path(line.split('"')[1]).name, line.rpartition(" in ")[2]) for line in lines]
+            # A slow machine may answer an earlier call now: the last whole answer counts.
+            last = self.stacks.read_text()[seen:].rpartition("most recent call first):\n")[2]
+            if " in <module>\n" in last:
+                return [(Path(file).name, function) for file, function in FRAME.findall(last)]
             time.sleep(0.0005)
         return []
 
