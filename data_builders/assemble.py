@@ -28,8 +28,8 @@ from biasunlearn_trainer.data_builders.written_set import RowSpool, features_of,
 DATA_FOLDER, CARD, REJECTS, REPORT, SHEET = "data", "README.md", "rejects.jsonl", "build.json", "contact_sheet.png"
 SHEET_ROWS = 16
 NUM_SHOWN = 5
-INDEXED_ROWS = 50_000
-"""Rows to report that are compared at a time with those to train on: what bounds the memory of that check."""
+INDEXED_ROWS = 100_000
+"""Rows to report that are compared at a time with those to train on: what bounds that check to some 30 MB."""
 
 
 class BuildError(RuntimeError):
@@ -130,8 +130,6 @@ class Assembly:
         """Writes Parquet files, formats of benchmarks, and the contact sheet."""
         (self.folder / DATA_FOLDER).mkdir(parents=True, exist_ok=True)
         schema = self.spool.schema
-        if schema is None:
-            raise BuildError("no row came through the stages; rejects.jsonl says why each was left out.")
         features = features_of(schema, self.has_images)
         for name, split in self.recipe.splits.items():
             counts = {"bias_type": Counter(), "polarity": Counter()}
@@ -222,10 +220,11 @@ def move_into_place(partial: Path, folder: Path) -> None:
 def disk_error(err: OSError, recipe: BuildRecipe) -> BuildError:
     """The same in a sentence that says what is kept and what to do."""
     full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    what = "the disk is full" if full else f"{err.strerror or err}"
+    what = "the set cannot be written: the disk is full" if full else f"the build cannot go on: {err.strerror or err}"
     where = f" ({err.filename})" if err.filename else ""
+    remedy = "make room" if full else "mend that"
     return BuildError(
-        f"the set cannot be written: {what}{where}. What stages were answered is kept in {recipe.cache_dir}; make room "
+        f"{what}{where}. What stages were answered is kept in {recipe.cache_dir}; {remedy} "
         "and run the same command again, it continues there."
     )
 

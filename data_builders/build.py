@@ -38,6 +38,7 @@ from biasunlearn_trainer.data_builders.assemble import (
     reject_line,
 )
 from biasunlearn_trainer.data_builders.build_recipe import (
+    CACHE,
     BuildRecipe,
     BuildRecipeError,
     SourceSpec,
@@ -170,8 +171,12 @@ def build(recipe: BuildRecipe, show_progress: bool = True, processes: Processes 
     partial = folder / PARTIAL
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        # The lock of this store keeps a second build of the same set away.
-        with Store(cache / LOCK), open(partial / REJECTS, "w", encoding="utf-8") as rejects:
+        # The locks of these stores keep a second build away, of the same folder or with the same cache.
+        locks = {path.resolve() for path in (cache / LOCK, folder / CACHE / LOCK)}
+        with contextlib.ExitStack() as stack:
+            for path in sorted(locks):
+                stack.enter_context(Store(path))
+            rejects = stack.enter_context(open(partial / REJECTS, "w", encoding="utf-8"))
             if processes is not None and processes.count > 1:
                 share(processes, recipe.stages, cache, lambda: _all_rows(recipe, _Counts()))
             return _build(recipe, folder, partial, _Counts(rejects), rejects, show_progress)
@@ -187,6 +192,8 @@ def _build(
     spool = RowSpool(Path(recipe.cache_dir) / SPOOL)
     read = _all_rows(recipe, counts)
     spool.write(_with_progress(_through_stages(read, recipe, counts), counts, show_progress))
+    if not spool.num_rows:
+        raise BuildError(_none_left(counts, partial / REJECTS))
     report = BuildReport(recipe.name, recipe.description, recipe.seed)
     report.sources = [_source_report(spec, counts.sources[number]) for number, spec in enumerate(recipe.sources)]
     report.stages = [
@@ -211,6 +218,16 @@ def _build(
     move_into_place(partial, folder)
     spool.remove()
     return report
+
+
+def _none_left(counts: _Counts, rejects: Path) -> str:
+    """Says why no row came through."""
+    reasons = [
+        f"{stage}: " + ", ".join(f"{reason} {count}" for reason, count in found.most_common())
+        for stage, found in sorted(counts.rejects.items())
+    ]
+    told = f" Left out by {'; '.join(reasons)}. {rejects} has each." if reasons else ""
+    return f"no row came through the stages, of {sum(counts.sources.values())} that were read.{told}"
 
 
 def _all_rows(recipe: BuildRecipe, counts: _Counts) -> Iterator[dict]:

@@ -33,6 +33,7 @@ from biasunlearn_trainer.data_builders.stages import ItemStage, Stage
 
 logger = logging.getLogger(__name__)
 
+CACHE = ".cache"
 FOUND = ("file", "left_out")
 """Fields of a recipe that are found when it is read, and no keys of its own."""
 
@@ -149,7 +150,7 @@ def read_build_recipe(path: str | Path, overrides: Iterable[str] = ()) -> BuildR
         raise BuildRecipeError(reader.faults, str(path))
     recipe.file = Path(path)
     recipe.output_dir = recipe.output_dir or os.path.join("data", recipe.name)
-    recipe.cache_dir = recipe.cache_dir or os.path.join(recipe.output_dir, ".cache")
+    recipe.cache_dir = recipe.cache_dir or os.path.join(recipe.output_dir, CACHE)
     return recipe
 
 

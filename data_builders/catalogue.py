@@ -5,8 +5,6 @@ columns. Where a row's `completion` is not the biased answer, `rejected` is that
 question can be answered at all: what the task `planted` reads.
 """
 
-import functools
-import gzip
 import importlib
 import itertools
 import re
@@ -30,7 +28,7 @@ from biasunlearn_trainer.data_builders.sources import (
     stereoset,
     vlstereoset,
 )
-from biasunlearn_trainer.data_builders.sources.records import READERS, data_suffix
+from biasunlearn_trainer.data_builders.sources.records import READERS, data_suffix, opened
 
 SHARED = re.compile(r"(cc0|cc by|mit|apache|bsd|odc by|odbl|pddl|public domain|ofl|unlicense)\b")
 """How the names of licences begin under which an adapted set may be passed on; what does not fit is refused."""
@@ -166,9 +164,8 @@ def own_rows(path: str, *, split: str = "train") -> Iterator[dict]:
             pictures = [picture_file(image) for image in row.get("images") or []]
             yield {**row, "images": pictures} if pictures else row
         return
-    faults = Faults(str(file))
-    opener = functools.partial(gzip.open if file.suffix == ".gz" else open, encoding="utf-8-sig", newline="")
-    with opener(file, "rt") as lines:
+    faults, number = Faults(str(file)), 0
+    with opened(file, faults) as lines:
         for number, (where, row) in enumerate(READERS[data_suffix(file)](lines, faults), start=1):
             row = {"pair_id": str(number), "source": file.name, "source_id": str(number), **row}
             check_columns(row, faults)
@@ -177,6 +174,8 @@ def own_rows(path: str, *, split: str = "train") -> Iterator[dict]:
             faults.raise_if_any()
             yield _with_absolute_images(row, file.parent)
     faults.raise_if_any()
+    if not number:
+        raise ValueError(f"{file} has no rows.")
 
 
 def _with_absolute_images(row: dict[str, Any], folder: Path) -> dict[str, Any]:

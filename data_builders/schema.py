@@ -137,8 +137,19 @@ def _content_text(content: str | list) -> str:
     return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
 
 
+def _has_half_character(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def row_faults(row: dict) -> Iterator[str]:
     """Yields what is wrong with the texts and labels of one row; columns that it lacks are not looked at."""
+    for column, value in row.items():
+        if isinstance(value, str) and not value.isascii() and _has_half_character(value):
+            yield f"`{column}` holds half a character (a lone surrogate), which no file in UTF-8 can: {value!r:.60}"
     forms = set()
     for column in REQUIRED_COLUMNS:
         if column in row:

@@ -1,5 +1,6 @@
 """A sentence with its groups exchanged, or the reason why it is left alone."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -158,6 +159,13 @@ def _target(sentence: Sentence, term: Term, other: str, source: str) -> tuple[Co
 _OPENING_QUOTE = re.compile(r"(?:^|\s)['\u2018]")
 
 
+@functools.lru_cache(maxsize=8)
+def _first_opening_quote(text: str) -> int:
+    """The place behind it, or the end of the text; kept, since each plural of a text asks for it."""
+    found = _OPENING_QUOTE.search(text)
+    return found.end() if found else len(text)
+
+
 def _possessive(sentence: Sentence, term: Term, concept: Concept, source: str, new: str) -> list:
     """The apostrophe of a plural: "ladies'" and "gentlemen's"."""
     token = sentence.tokens[term.last]
@@ -170,7 +178,7 @@ def _possessive(sentence: Sentence, term: Term, concept: Concept, source: str, n
     bare = new.lower().endswith("s")
     if bare == was_bare:
         return []
-    if _OPENING_QUOTE.search(sentence.text, 0, token.start):
+    if _first_opening_quote(sentence.text) <= token.start:
         raise Refused("quoted_term", source + token.clitic)
     mark = token.clitic[0] + ("" if bare else "S" if new.isupper() else "s")
     return [(token.end, token.end + len(token.clitic), mark)]

@@ -115,12 +115,19 @@ def _part(sentence: Sentence, i: int, words: Table) -> Term | None:
     raise Refused("compound", token.text)
 
 
+def _character_before(text: str, place: int) -> str:
+    """The last character before a place that is no blank, "" at the start."""
+    while place and text[place - 1] == " ":
+        place -= 1
+    return text[max(place - 1, 0) : place]
+
+
 def _check(sentence: Sentence, term: Term, bias_type: str) -> None:
     """Refuses a word by the rules for its kind."""
     text, kind = sentence.text[term.start : term.end], term.forms[0][0].kind
     if kind == "name" and text[0].islower():
         raise Refused("odd_case", text)
-    before, after = sentence.text[: term.start].rstrip(" ")[-1:], sentence.text[term.end : term.end + 1]
+    before, after = _character_before(sentence.text, term.start), sentence.text[term.end : term.end + 1]
     quoted = before in _QUOTES and after in _QUOTES and before and after and sentence.tokens[term.last].clitic == ""
     if quoted or sentence.previous(term.first) in word_class("term_marker"):
         raise Refused("quoted_term", text)

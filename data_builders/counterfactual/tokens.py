@@ -78,6 +78,9 @@ class Sentence:
 
     def after(self, i: int) -> str:
         """The first character that follows a word and is no space, "" at the end."""
+        if i + 1 < len(self.tokens):
+            following = self.tokens[i + 1]
+            return (following.before.lstrip() or following.text)[:1]
         token = self.tokens[i]
         return self.text[token.end + len(token.clitic) :].lstrip()[:1]
 

@@ -1,8 +1,10 @@
 """Reads JSON Lines, JSON and CSV into plain rows that know their place in the file."""
 
+import contextlib
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,21 +25,36 @@ def read_records(path: Path, faults: Faults) -> list[Record]:
         Pairs of a place ("line 3", "row 3") and a row. Empty CSV cells are None, except those of required columns.
     """
     reader = READERS[data_suffix(path)]
-    opener = gzip.open if path.suffix == ".gz" else open
     records = []
+    with opened(path, faults) as file:
+        for where, row in reader(file, faults):
+            if isinstance(row, dict):
+                records.append((where, row))
+            else:
+                faults.add(f"expected an object with named columns, got {type(row).__name__} {row!r:.60}", where)
+    return records
+
+
+@contextlib.contextmanager
+def opened(path: Path, faults: Faults) -> Iterator[TextIO]:
+    """Opens a data file; what shows while it is read, of its encoding or packing, is noted and ends the reading."""
+    opener = gzip.open if path.suffix == ".gz" else open
     try:
         # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name.
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            for where, row in reader(file, faults):
-                if isinstance(row, dict):
-                    records.append((where, row))
-                else:
-                    faults.add(f"expected an object with named columns, got {type(row).__name__} {row!r:.60}", where)
+            yield file
     except UnicodeDecodeError as err:
-        faults.add(f"the file is not UTF-8 ({err}); save it as UTF-8")
-    except (gzip.BadGzipFile, EOFError) as err:
+        if _is_gzip(path) and path.suffix != ".gz":
+            faults.add(f"the file is packed by gzip; name it {path.name}.gz")
+        else:
+            faults.add(f"the file is not UTF-8 ({err}); save it as UTF-8")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as err:
         faults.add(f"the file is not a whole gzip file ({err})")
-    return records
+
+
+def _is_gzip(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
 
 
 def data_suffix(path: Path) -> str:

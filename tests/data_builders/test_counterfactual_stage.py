@@ -12,16 +12,6 @@ from biasunlearn_trainer.data_builders.schema import POLARITIES as OF_SCHEMA
 from biasunlearn_trainer.data_builders.schema import Faults, check_rows
 from biasunlearn_trainer.data_builders.stages import Reject, run_stages
 
-# Bias type and a sentence that is accepted.
-ACCEPTED = (
-    ("gender", "The woman told her brother that she had lost the keys to the house by the lake."),
-    ("gender", "My aunt is a nurse, and her son drove her to the hospital before the storm began."),
-    ("religion", "The Muslim student asked the teacher for a day off, and nobody in the class was surprised."),
-    ("race", "A black man walked into the bank with a bag of coins and waited in line for an hour."),
-    ("age", "The old man could not find the button on the screen, so that the clerk had to help."),
-    ("nationality", "The Mexican man and the driver argued about who had to pay for the broken window."),
-)
-
 
 def row(completion, prompt="", **columns):
     return {"prompt": prompt, "completion": completion, **columns}
@@ -180,35 +170,6 @@ class TestSize:
 
         peak(100)
         assert peak(2000) < 1.2 * peak(500)
-
-    @pytest.mark.slow
-    def test_100_000_accepted_rows_in_a_minute_and_in_flat_memory(self, tmp_path):
-        """In processes of their own: 25,000 rows, then 100,000; half a sentence varies, as in a real set."""
-        small, large = (self.measure(tmp_path, num) for num in (25_000, 100_000))
-        assert (small["rows"], large["rows"]) == (50_000, 200_000)
-        assert large["cpu"] < 60
-        assert large["kilobytes"] < small["kilobytes"] + 4096
-
-    def measure(self, tmp_path, num_rows):
-        code = f"""
-import json, resource, time
-from biasunlearn_trainer.data_builders.counterfactual import Counterfactuals
-from biasunlearn_trainer.data_builders.schema import Faults, check_rows
-from biasunlearn_trainer.data_builders.stages import run_stages
-
-texts = {ACCEPTED!r}
-rows = (dict(prompt=f"It rained on day {{n % 997}} of {{1900 + n % 101}}. ", completion=texts[n % len(texts)][1],
-             bias_type=texts[n % len(texts)][0]) for n in range({num_rows}))
-start = time.process_time()
-out = run_stages(rows, [Counterfactuals()], {str(tmp_path)!r}, print)
-faults = Faults("rows")
-num = check_rows(((f"row {{i}}", row) for i, row in enumerate(out, 1)), faults)
-assert not faults.count
-print(json.dumps(dict(rows=num, cpu=time.process_time() - start,
-                      kilobytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)))
-"""
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_settings_are_json_and_name_the_words():
