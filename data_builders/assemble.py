@@ -142,7 +142,8 @@ class Assembly:
                 write_json(_stereoset_items(self.rows(name)), self.folder / DATA_FOLDER / f"{name}.json")
         if self.has_images:
             pictured = (row for name in self.recipe.splits for row in islice(self._pictured(name), 4))
-            draw_contact_sheet(islice(pictured, SHEET_ROWS), self.folder / SHEET)
+            counts = sum((Counter(split.bias_types) for split in self.report.splits.values()), Counter())
+            draw_contact_sheet(islice(pictured, SHEET_ROWS), self.folder / SHEET, counts=counts)
 
     def _pictured(self, name: str) -> Iterator[dict]:
         return (row for row in self.rows(name) if row.get("images"))

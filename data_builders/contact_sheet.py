@@ -17,18 +17,21 @@ _WIDTH, _PICTURE, _MARGIN, _LINE = 250, 226, 12, 17
 _INK, _GREY = (30, 30, 34), (110, 110, 116)
 
 
-def draw_contact_sheet(rows: Iterable[Mapping[str, Any]], path: Path, columns: int = 4) -> int:
+def draw_contact_sheet(
+    rows: Iterable[Mapping[str, Any]], path: Path, columns: int = 4, counts: Mapping[str, int] | None = None
+) -> int:
     """Draws the rows that have pictures as a PNG.
 
     Args:
         rows: in the schema's columns; of several pictures the first is drawn.
         path: the PNG.
         columns: rows side by side.
+        counts: how many rows the whole set has of each bias type, which then stands beside its name.
 
     Returns:
         How many were drawn; with none, no file is written.
     """
-    tiles = [_tile(row) for row in rows if row.get("images")]
+    tiles = [_tile(row, counts or {}) for row in rows if row.get("images")]
     if not tiles:
         return 0
     lines = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
@@ -45,11 +48,22 @@ def draw_contact_sheet(rows: Iterable[Mapping[str, Any]], path: Path, columns: i
     return len(tiles)
 
 
-def _tile(row: Mapping[str, Any]) -> PIL.Image.Image:
+def row_label(row: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    """Bias type, with its count, and polarity.
+
+    >>> row_label({"bias_type": "age", "polarity": "neutral"}, {"age": 20})
+    'age (n = 20) neutral'
+    """
+    bias_type = row.get("bias_type") or ""
+    count = f"(n = {counts[bias_type]})" if bias_type in counts else ""
+    return " ".join(part for part in (bias_type, count, row.get("polarity") or "") if part)
+
+
+def _tile(row: Mapping[str, Any], counts: Mapping[str, int]) -> PIL.Image.Image:
     with PIL.Image.open(io.BytesIO(image_bytes(row["images"][0]))) as opened:
         picture = opened.convert("RGB")
     picture.thumbnail((_PICTURE, _PICTURE))
-    label = f"{row.get('bias_type') or ''} {row.get('polarity') or ''}".strip()
+    label = row_label(row, counts)
     # Of a drawn picture what was asked for, so that one sees whether it is there.
     drawn = [(f"drawn: {row['drawn_prompt']}", _GREY)] if row.get("drawn_prompt") else []
     texts = [(label, _GREY), *drawn, (plain_text(row["prompt"]), _INK), (plain_text(row["completion"]), _INK)]
