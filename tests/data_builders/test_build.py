@@ -19,6 +19,7 @@ from biasunlearn_trainer.data_builders import build as building
 from biasunlearn_trainer.data_builders.assemble import BuildError
 from biasunlearn_trainer.data_builders.build_recipe import BuildRecipeError, read_build_recipe
 from biasunlearn_trainer.data_builders.catalogue import SOURCES, STAGES, sharing_fault
+from biasunlearn_trainer.data_builders.contact_sheet import row_label
 from biasunlearn_trainer.data_builders.parts import deal_groups
 from biasunlearn_trainer.data_builders.sources.plain import load_rows
 
@@ -105,6 +106,12 @@ def test_the_card_says_what_is_in_it(tmp_path):
     assert record["recipe"]["parts"] == {"train": 0.75, "report": 0.25}
     assert record["report"]["splits"]["forget"]["num_rows"] == 61
     assert {"python", "datasets"} <= set(record["versions"])
+
+
+def test_a_contact_sheet_counts_the_rows_of_each_bias_type():
+    assert row_label({"bias_type": "age", "polarity": "neutral"}, {"age": 20}) == "age (n = 20) neutral"
+    assert row_label({"bias_type": "age"}, {}) == "age"
+    assert row_label({"polarity": "neutral"}, {"none": 3}) == "neutral"
 
 
 def test_a_build_is_a_function_of_recipe_and_seed(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 MAX_BYTES_PER_ROW = 300
-"""Of what a build holds a row: flags and keys of every row, and the word pairs of those to report (measured: docs)."""
+"""What a build may hold a row: flags and keys of every row, and the word pairs of those to report."""
 
 
 def _load_generator():
