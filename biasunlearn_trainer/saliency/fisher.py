@@ -45,7 +45,9 @@ def add_squared_gradients(model: nn.Module, batch: Mapping[str, Tensor], sums: M
     """
     with _squaring(model, sums):
         output = forward_completions(model, batch)
-        nll_loss(output.token_logps, output.mask).mean().backward()
+        loss = nll_loss(output.token_logps, output.mask).mean()
+        if loss.requires_grad:  # rows of text say nothing of an image half that alone is trained
+            loss.backward()
 
 
 @contextmanager

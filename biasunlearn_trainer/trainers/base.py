@@ -342,7 +342,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         batch = self.arrange(inputs)
         terms = self.loss_terms(model, batch)
         loss = sum(self.weight(name) * self._normalised(name, term) for name, term in terms.items())
-        if loss.requires_grad and not is_sharded():
+        if torch.is_grad_enabled() and not is_sharded():
             pictured = frozenset((name, "pixel_values" in part) for name, part in batch.items())
             loss = self._untouched.complete(loss, pictured)
         for name, term in terms.items():

@@ -30,6 +30,7 @@ def build_tradeoff_figure(points: Sequence[Point], comparisons: Sequence[Compari
     names = [*matching.keep, "kept"] if len(matching.keep) > 1 else [*matching.keep]
     across = next(iter(matching.at))
     rows = -(-len(comparisons) // LEGEND_COLUMNS)
+    limits = _limits(comparisons, names, across, matching.at[across])
     width, height = EDGE + len(names) * (PANEL + EDGE), HEAD + PANEL + FOOT + rows * LEGEND_ROW + 0.1
     figure = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(figure)
@@ -39,9 +40,9 @@ def build_tradeoff_figure(points: Sequence[Point], comparisons: Sequence[Compari
         axes = figure.add_axes((left / width, bottom / height, PANEL / width, PANEL / height))
         axes.set_title("mean of what is kept" if name == "kept" else f"{name}, higher is better", fontsize=10)
         axes.set_xlabel(f"{across}, lower is forgotten", fontsize=9)
-        axes.set_xlim(-0.03, 1.03)
-        axes.set_ylim(-0.03, 1.03)
-        axes.axvspan(-0.03, matching.at[across], color="#EEEEEE", zorder=0)
+        axes.set_xlim(*limits[0])
+        axes.set_ylim(*limits[1])
+        axes.axvspan(-1, matching.at[across], color="#EEEEEE", zorder=0)
         axes.grid(color="#E3E3E3", linewidth=0.6)
         for place, comparison in enumerate(comparisons):
             _draw_method(axes, points, comparison, (across, name), matching, place)
@@ -58,6 +59,16 @@ def build_tradeoff_figure(points: Sequence[Point], comparisons: Sequence[Compari
     ]
     figure.legend(handles=handles, loc="lower center", ncol=LEGEND_COLUMNS, fontsize=8, frameon=False)
     return figure
+
+
+def _limits(
+    comparisons: Sequence[Comparison], names: Sequence[str], across: str, at: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Ends of the axes, the same for all panels: what was chosen fills them, and courses leave through their edges."""
+    chosen = [comparison.means for comparison in comparisons if comparison.means]
+    right = max([at, *(means[across][1][1] for means in chosen if across in means)])
+    low = min([means[name][1][0] for means in chosen for name in names if name in means], default=0.0)
+    return (-0.01, min(1.03, 1.6 * right)), (max(-0.03, low - 0.05), 1.02)
 
 
 def _color(place: int) -> str:
