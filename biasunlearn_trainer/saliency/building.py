@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
 from biasunlearn_trainer.models import without_dropout
-from biasunlearn_trainer.saliency.fisher import add_squared_gradients, empty_sums
+from biasunlearn_trainer.saliency.fisher import PerSampleFisher, add_squared_gradients, empty_sums
 from biasunlearn_trainer.saliency.masks import SaliencyMask
 from biasunlearn_trainer.streams import modality_batches, order
 from biasunlearn_trainer.version import __version__
@@ -39,8 +40,9 @@ class SaliencySettings:
         threshold: smallest ratio S_T / S_P of a salient weight, above 0 (the paper: 1).
         fisher: `per_sample`, the mean over rows of squared gradients; or `per_batch`, the mean over micro-batches of
             the squared gradient of their mean loss, as in MMUnlearner's published code.
-        batch_size: rows of a micro-batch; of `per_sample` always 1.
+        batch_size: rows of a micro-batch. Of `per_sample` it sets the memory for activations alone.
         epsilon: smallest Fisher value that is told from 0, above 0.
+        batched: let `per_sample` take the rows of a micro-batch in one backward pass; else one by one.
         one_pass: keep S_T in memory while S_P is made. Else it waits in a file of 4 bytes a weight.
         seed: in what order rows make up micro-batches.
     """
@@ -49,6 +51,7 @@ class SaliencySettings:
     fisher: str = "per_sample"
     batch_size: int = 4
     epsilon: float = 1e-30
+    batched: bool = True
     one_pass: bool = False
     seed: int = 0
 
@@ -66,7 +69,7 @@ class SaliencySettings:
     @property
     def rows_at_once(self) -> int:
         """Rows of one backward pass."""
-        return 1 if self.fisher == "per_sample" else self.batch_size
+        return self.batch_size if self.batched or self.fisher == "per_batch" else 1
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -139,34 +142,45 @@ class SaliencyBuilder:
         }
 
     def _path(self, provenance: Mapping[str, Any]) -> Path:
-        # Whether S_T waits on disk or in memory does not change the mask.
-        settings = {name: value for name, value in provenance["settings"].items() if name != "one_pass"}
+        # Whether S_T waits on disk or in memory does not change the mask, nor how many rows are taken at once.
+        speed = {"one_pass", "batched", *(["batch_size"] if self.settings.fisher == "per_sample" else [])}
+        settings = {name: value for name, value in provenance["settings"].items() if name not in speed}
         key = repr(sorted({**provenance, "settings": sorted(settings.items())}.items()))
         return self.cache_dir / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
 
     def _build(self, target: Rows, preserve: Rows) -> SaliencyMask:
         sums = empty_sums(self.model)
         mask, settings = SaliencyMask.empty(), self.settings
+        per_sample = PerSampleFisher(self.model, self._collate, sums)
         with without_dropout(self.model):
-            self._measure("target", target, sums)
+            self._measure("target", target, sums, per_sample)
             with self._put_aside(sums) as of_target:
-                self._measure("preserve", preserve, sums)
+                self._measure("preserve", preserve, sums, per_sample)
                 for name, of_preserve in sums.items():
                     mask.compare(name, of_target[name], of_preserve, settings.threshold, settings.epsilon)
         return mask
 
-    def _measure(self, name: str, rows: Rows, sums: dict[str, Tensor]) -> None:
-        """Fill `sums` with the Fisher diagonal on a set: the mean over its micro-batches."""
-        state, device = self.accelerator, next(self.model.parameters()).device
+    def _measure(self, name: str, rows: Rows, sums: dict[str, Tensor], per_sample: PerSampleFisher) -> None:
+        """Fill `sums` with the Fisher diagonal on a set: the mean over its rows or its micro-batches."""
+        state = self.accelerator
         shuffled = order(len(rows), self.settings.seed, "saliency", name)
         batches = modality_batches(rows, self.settings.rows_at_once, shuffled)
         for numbers in tqdm(batches[state.process_index :: state.num_processes], desc=f"Saliency, {name} set"):
-            batch = self.collator([{**rows[i], "index": i} for i in numbers])
-            add_squared_gradients(self.model, {key: value.to(device) for key, value in batch.items()}, sums)
+            chosen = [{**rows[i], "index": i} for i in numbers]
+            if self.settings.fisher == "per_sample":
+                per_sample.add(chosen)
+            else:
+                add_squared_gradients(self.model, self._collate(chosen), sums)
         for value in sums.values():
             if state.num_processes > 1:
                 value.copy_(state.reduce(value, "sum"))
-            value /= len(batches)
+            value /= len(rows) if self.settings.fisher == "per_sample" else len(batches)
+
+    def _collate(self, rows: Rows) -> dict[str, Tensor]:
+        batch = self.collator(rows)
+        batch["num_images"] = torch.tensor([len(row.get("images") or []) for row in rows])
+        device = next(self.model.parameters()).device
+        return {key: value.to(device) for key, value in batch.items()}
 
     @contextmanager
     def _put_aside(self, sums: dict[str, Tensor]) -> Iterator[Mapping[str, Tensor | np.ndarray]]:

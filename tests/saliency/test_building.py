@@ -50,7 +50,11 @@ def test_a_mask_is_the_ratio_of_two_fishers(threshold, one_pass, builder, sets):
     mask = made.mask(*sets)
     target, preserve = (slow_fisher(made, rows) for rows in sets)
     assert mask.shapes.keys() == target.keys()
+    largest = max(s_t.max() for s_t in target.values())
     for name, s_t in target.items():
+        if s_t.max() < 1e-12 * largest and s_t.any():
+            assert name.endswith("k_proj.bias"), "softmax does not see it: its gradient is 0 but for rounding"
+            continue
         expected = (s_t >= threshold * preserve[name]) & (s_t > 1e-30)
         # Weights within rounding of the threshold may fall on either side.
         clear = (s_t / (threshold * preserve[name]) - 1).abs() > 1e-4
