@@ -32,7 +32,7 @@ ELSEWHERE_AT_ONCE = 1 << 24
 _TENSOR = object()
 
 Sink = Callable[[str, Tensor, slice], None]
-"""Takes a weight's name, the gradient of one row of the batch, and the part of the weight's first dimension it is of."""
+"""Takes a weight's name, the gradient of one row of the batch, and of which part of the weight's first dimension."""
 
 
 @dataclass

@@ -125,7 +125,18 @@ class UnlearnConfig(TrainingArguments):
         },
     )
     saliency_batch_size: int = field(
-        default=4, metadata={"help": "Rows of a micro-batch of the `per_batch` Fisher (MMUnlearner's code: 4)."}
+        default=4,
+        metadata={
+            "help": "Rows that the Fisher takes at once (MMUnlearner's code: 4). Of `per_batch` they make up a micro-"
+            "batch; for `per_sample` they only set speed and memory."
+        },
+    )
+    saliency_batched: bool = field(
+        default=True,
+        metadata={
+            "help": "Let the `per_sample` Fisher take several rows in one backward pass. False: one backward a row, "
+            "with the same result."
+        },
     )
     saliency_epsilon: float = field(
         default=1e-30,
@@ -188,6 +199,7 @@ class UnlearnConfig(TrainingArguments):
             threshold=self.saliency_threshold,
             fisher=self.saliency_fisher,
             batch_size=self.saliency_batch_size,
+            batched=self.saliency_batched,
             epsilon=self.saliency_epsilon,
             one_pass=self.saliency_one_pass,
             # Rows one by one give the same sums in any order.

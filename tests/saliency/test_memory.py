@@ -15,8 +15,10 @@ from biasunlearn_trainer.saliency import SaliencyBuilder, SaliencySettings
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fisher", ["per_sample", "per_batch"])
-def test_the_fisher_pass_holds_weights_one_sum_one_gradient_and_activations(fisher, tiny_llama, tmp_path, text_rows):
+@pytest.mark.parametrize(("fisher", "batched"), [("per_sample", True), ("per_sample", False), ("per_batch", True)])
+def test_the_fisher_pass_holds_weights_one_sum_one_gradient_and_activations(
+    fisher, batched, tiny_llama, tmp_path, text_rows
+):
     PartialState(cpu=True)
     collator = CompletionCollator(load_processor(str(tiny_llama)))
     torch.manual_seed(0)
@@ -28,7 +30,8 @@ def test_the_fisher_pass_holds_weights_one_sum_one_gradient_and_activations(fish
     assert sum(value.numel() for value in weights) >= 50_000_000
     of_weights = sum(value.nbytes for value in weights)
     rows = [{**row, "prompt": row["prompt"] * 20} for row in text_rows(8)]
-    size = 1 if fisher == "per_sample" else 4
+    settings = SaliencySettings(fisher=fisher, batched=batched, batch_size=4)
+    size = settings.rows_at_once
 
     with TensorBytes(*weights) as meter:  # what one micro-batch's forward pass keeps for its backward
         output = forward_completions(model, collator(rows[:size]))
@@ -37,9 +40,10 @@ def test_the_fisher_pass_holds_weights_one_sum_one_gradient_and_activations(fish
         del output, loss
     allowed = of_weights + of_weights + max(value.nbytes for value in weights) + activations
 
-    settings = SaliencySettings(fisher=fisher, batch_size=4)
     builder = SaliencyBuilder(model, collator, Accelerator(cpu=True), settings, tmp_path)
     with TensorBytes(*weights) as meter:
         builder.mask(rows[:4], rows[4:])
-    print(f"{fisher}: peak {meter.peak / 1e6:.0f} MB, {meter.peak / allowed:.3f} of what is needed")
+    print(
+        f"{fisher}, {size} rows at once: peak {meter.peak / 1e6:.0f} MB, {meter.peak / allowed:.3f} of what is needed"
+    )
     assert meter.peak <= 1.15 * allowed
