@@ -158,7 +158,7 @@ class PerSampleFisher:
             if not differing:
                 return True
             reason = f"{len(differing)} weights would get other values, the first {differing[0]}"
-        logger.info("Fisher: rows are taken one by one, several times slower than in batches: %s.", reason)
+        logger.warning("Fisher: rows are taken one by one, several times slower than in batches: %s.", reason)
         return False
 
 
