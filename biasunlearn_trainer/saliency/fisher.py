@@ -151,7 +151,7 @@ class PerSampleFisher:
             row_gradients(self.model, batch, [*self.sums], found)
         except torch.OutOfMemoryError:
             raise
-        except (InseparableRows, RuntimeError) as err:  # the latter from a model that its weights' copies do not fit
+        except (InseparableRows, RuntimeError, TypeError) as err:  # the latter from layers that copies do not fit
             reason = str(err).splitlines()[0]
         else:
             differing = expected.differing(found, self.model)

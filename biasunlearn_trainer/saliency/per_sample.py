@@ -194,7 +194,7 @@ class _Watch:
         # The tensors themselves are left to autograd, which frees them when the backward pass has gone by.
         others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         num_rows = self.layouts.num_rows
-        if not isinstance(output, Tensor) or len({len(tensor) for tensor in (*tensors, output)}) != 1:
+        if not isinstance(output, Tensor) or len({tensor.shape[:1] for tensor in (*tensors, output)}) != 1:
             raise InseparableRows(f"inputs and outputs of {type(module).__name__} differ in their first dimension")
         if len(output) == 1 and num_rows > 1 and self.layouts.one_each:
             # Positions are looked up once for all rows.
