@@ -109,8 +109,9 @@ class _Seen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.show(ctx.saved_tensors, gradient)
-        return gradient, None, None, *(None for _ in ctx.saved_tensors)
+        saved = ctx.saved_tensors  # once: a checkpointed layer gives them out no second time
+        ctx.show(saved, gradient)
+        return gradient, None, None, *(None for _ in saved)
 
 
 def row_gradients(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str], sink: Sink) -> None:
