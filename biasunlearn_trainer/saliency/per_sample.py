@@ -130,7 +130,9 @@ def row_gradients(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence
     with watch.watching():
         output = forward_completions(model, batch)
         watch.runs_forward = False
-        nll_loss(output.token_logps, output.mask).sum().backward()
+        loss = nll_loss(output.token_logps, output.mask).sum()
+        if loss.requires_grad:  # rows of text say nothing of an image half that alone is trained
+            loss.backward()
         watch.finish()
 
 
