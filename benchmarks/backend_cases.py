@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,20 +73,16 @@ def rows(stream: str, modality: str, number: int = 8) -> list[dict]:
     return made
 
 
-def datasets(trainer_class: type, args: Any, modality: str) -> dict[str, Any]:
-    """A set for each stream that the method takes."""
+def datasets(trainer_class: type, args: Any, rows_of: Callable[[str], list[dict]]) -> dict[str, Any]:
+    """A set for each stream that the method takes, and a probe that lets one bias type swap its roles."""
     if args.__class__.__name__ == "BiasUnlearnConfig":
         from biasunlearn_trainer.trainers.steering import BiasReading
 
         readings = {"race": BiasReading(40.0, 90.0, 500), "gender": BiasReading(70.0, 90.0, 500)}
-        return {
-            "forget_dataset": rows("forget", modality),
-            "retain_dataset": rows("retain", modality),
-            "utility_dataset": rows("utility", modality),
-            "bias_probe": lambda model: readings,
-        }
+        sets = {f"{stream}_dataset": rows_of(stream) for stream in ("forget", "retain", "utility")}
+        return {**sets, "bias_probe": lambda model: readings}
     given = [stream for stream in trainer_class.streams(args) if stream != "guidance"]
-    return {f"{stream}_dataset": rows(stream, modality) for stream in given}
+    return {f"{stream}_dataset": rows_of(stream) for stream in given}
 
 
 def learn(folder: Path, method: str, case: dict[str, Any], backend: str, device: str) -> list[dict] | str:
@@ -121,16 +118,17 @@ def learn(folder: Path, method: str, case: dict[str, Any], backend: str, device:
         **case["settings"],
     )
     assert args.world_size == processes, f"{processes} processes were launched, this one sees {args.world_size}"
-    torch.manual_seed(0)
     options = {}
     if case.get("quantised"):
         options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": {"": args.device}}
     try:
+        model = load_model(str(folder / case["modality"]), **options)
+        torch.manual_seed(0)  # the adapter's first weights are drawn from here
         trainer = trainer_class(
-            model=load_model(str(folder / case["modality"]), **options),
+            model=model,
             args=args,
             peft_config=LoraConfig(r=4) if case["lora"] else None,
-            **datasets(trainer_class, args, case["modality"]),
+            **datasets(trainer_class, args, lambda stream: rows(stream, case["modality"])),
         )
     except ValueError as err:
         return str(err)

@@ -75,23 +75,22 @@ def largest_difference(one: list[dict], many: list[dict]) -> float:
     return max(abs(step[key] - other[key]) for step, other in zip(one, many, strict=True) for key in step)
 
 
-def table(alone: dict[str, dict], results: dict[str, dict]) -> tuple[str, bool]:
-    """A row a method, a column a backend; each figure is the largest difference over the method's cases."""
+def table(alone: dict[str, dict], results: dict[str, dict], by_case: bool) -> tuple[str, bool]:
+    """A row a method, or a case, and a column a backend; each figure is the largest difference over the row's cases."""
     lines = [f"| method | cases | {' | '.join(NAMES[name] for name in results)} |"]
     lines.append("|---" * (2 + len(results)) + "|")
     good = True
-    for method in alone:
-        figures = []
-        for outcome in results.values():
-            cases = outcome[method]
-            differences = [
-                largest_difference(alone[method][case], log) for case, log in cases.items() if isinstance(log, list)
-            ]
-            refused = [log for log in cases.values() if isinstance(log, str)]
-            good &= all(value <= BOUND for value in differences)
-            text = f"{max(differences):.1e}" if differences else "refused"
-            figures.append(f"{text}{f' ({len(refused)} refused)' if refused and differences else ''}")
-        lines.append(f"| {method} | {len(alone[method])} | {' | '.join(figures)} |")
+    for method, logs in alone.items():
+        for cases in [[case] for case in logs] if by_case else [[*logs]]:
+            figures = []
+            for outcome in results.values():
+                found = [outcome[method][case] for case in cases]
+                pairs = [(logs[case], log) for case, log in zip(cases, found, strict=True) if isinstance(log, list)]
+                differences = [largest_difference(*pair) for pair in pairs]
+                good &= all(value <= BOUND for value in differences)
+                refused = f" ({len(found) - len(pairs)} refused)" if 0 < len(pairs) < len(found) else ""
+                figures.append(f"{max(differences):.1e}{refused}" if differences else "refused")
+            lines.append(f"| {method} | {cases[0] if by_case else len(cases)} | {' | '.join(figures)} |")
     return "\n".join(lines), good
 
 
@@ -102,6 +101,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--by_case", action="store_true", help="a row for each case")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="show what the launches print")
     arguments = parser.parse_args()
@@ -112,7 +112,7 @@ def main() -> int:
         make_models(folder)
         alone = run(None, 1, arguments, folder)
         results = {name: run(name, arguments.processes, arguments, folder) for name in arguments.backends}
-    text, good = table(alone, results)
+    text, good = table(alone, results, arguments.by_case)
     logs = [log for outcome in results.values() for cases in outcome.values() for log in cases.values()]
     print(f"Largest difference of any logged part of the loss to one process, {len(arguments.cases)} cases a method:\n")
     print(text)
