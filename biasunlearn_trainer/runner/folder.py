@@ -17,7 +17,7 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from biasunlearn_trainer.checkpoints import UNFINISHED, faults_of, last_usable, read_seal
+from biasunlearn_trainer.checkpoints import PREFIX, UNFINISHED, faults_of, last_usable, read_seal
 from biasunlearn_trainer.eval.schema import write_text
 from biasunlearn_trainer.recipe import Recipe, RecipeError
 from biasunlearn_trainer.trainers.checkpointing import backend, misfits, model_name
@@ -38,7 +38,7 @@ RUN_FILES = (
     "report.md",
     "report.png",
     "cases",
-    "checkpoint-*",
+    f"{PREFIX}*",
     UNFINISHED,
     RECORDS_FOLDER,
     "config.json",

@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
+from biasunlearn_trainer.checkpoints import last_usable
 from biasunlearn_trainer.eval.schema import EvalResult, load_results
 from biasunlearn_trainer.recipe.config import TESTBED_PREFIX
 from biasunlearn_trainer.tables.plan import Cell
 
-RESOLVED_FILE, ENVIRONMENT_FILE = "recipe.resolved.yaml", "environment.json"
-RESULTS_FILE, CHECKPOINT_FILE = "results.json", "trainer_state.json"
+RESOLVED_FILE, ENVIRONMENT_FILE, RESULTS_FILE = "recipe.resolved.yaml", "environment.json", "results.json"
 RECIPE_FILE, LOG_FILE, ERROR_FILE, LOCK_FILE = "recipe.yaml", "log.txt", "error.txt", ".lock"
 IMMATERIAL = (
     "output_dir",
@@ -60,9 +60,9 @@ class Status:
 def status_of(cell: Cell) -> Status:
     """Reads what stands in a cell's folder.
 
-    A run of another recipe counts as changed where there is something to lose: results or a checkpoint.
+    A run of another recipe counts as changed where there is something to lose: results or a usable checkpoint.
     """
-    results, checkpoint = _finished_results(cell.folder), _last_checkpoint(cell.folder)
+    results, checkpoint = _finished_results(cell.folder), last_usable(cell.folder, thorough=False)
     changes = _changes(cell) if results or checkpoint else []
     if changes:
         return Status("changed", "; ".join(changes))
@@ -79,14 +79,6 @@ def _finished_results(folder: Path) -> dict[str, EvalResult] | None:
     except (OSError, ValueError):
         return None
     return results if isinstance(results, dict) and "after" in results else None
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that was written to its end."""
-    steps = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdecimal()}
-    return next(
-        (steps[step] for step in sorted(steps, reverse=True) if (steps[step] / CHECKPOINT_FILE).is_file()), None
-    )
 
 
 def _changes(cell: Cell) -> list[str]:

@@ -18,13 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.integrations import deepspeed as hf_deepspeed
-from transformers.trainer_utils import get_last_checkpoint
 
 from biasunlearn_trainer.checkpoints import (
     NO_SPACE,
     PREFIX,
     UNFINISHED,
     CheckpointError,
+    checkpoints_in,
     clear_unfinished,
     complete,
     faults_of,
@@ -162,8 +162,7 @@ class Checkpointing:
         if resume is True:
             folder = last_usable(self.args.output_dir)
             if folder is None:
-                has_any = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
-                what = "no usable checkpoint" if has_any else "no checkpoint"
+                what = "no usable checkpoint" if checkpoints_in(self.args.output_dir) else "no checkpoint"
                 return CheckpointError(f"There is {what} in {self.args.output_dir} to continue from.")
         else:
             folder = Path(resume)

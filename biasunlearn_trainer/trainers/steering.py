@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from biasunlearn_trainer.checkpoints import PREFIX as CHECKPOINT_PREFIX
 from biasunlearn_trainer.models import undisturbed
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ class BiasSteering(TrainerCallback):
         best = -math.inf if state.best_metric is None else state.best_metric
         if not self.keep_best or state.global_step == 0 or held <= best:
             return
-        folder = Path(self.trainer.args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(self.trainer.args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
         state.best_metric, state.best_global_step, state.best_model_checkpoint = held, state.global_step, str(folder)
         control.should_save = True
 

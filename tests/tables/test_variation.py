@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from biasunlearn_trainer.checkpoints import complete
 from biasunlearn_trainer.eval.matched import Point
 from biasunlearn_trainer.recipe import RecipeError
 from biasunlearn_trainer.tables import parse_table, run_table
@@ -112,8 +113,11 @@ def test_what_a_testbed_placed_is_no_change(table_file, tmp_path):
     said = said.replace("entities@report", "entities@report=/cache/splits/forget10_0/report")
     cell.folder.mkdir(parents=True)
     (cell.folder / "recipe.resolved.yaml").write_text(said)
-    (cell.folder / "checkpoint-2").mkdir()
-    (cell.folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (cell.folder / "checkpoint-4").mkdir()
+    (cell.folder / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    assert str(status_of(cell)) == "missing"  # it was broken off
+    (cell.folder / "writing").mkdir()
+    complete(cell.folder / "writing", cell.folder / "checkpoint-2", {})
     assert str(status_of(cell)) == "interrupted (checkpoint-2)"
     (cell.folder / "recipe.resolved.yaml").write_text(said.replace("/preserve", "/retain"))
     assert "`retain_dataset` was /cache/splits/forget10_0/retain, now testbed:preserve" in str(status_of(cell))
