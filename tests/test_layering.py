@@ -103,7 +103,16 @@ OURS = {
     "plan.shadow": (),
     "recipe": None,
     "runner": None,
-    "tables": ("recipe", "eval.schema", "eval.findings", "eval.matched", "eval.report", "eval.runs", "tables"),
+    "tables": (
+        "checkpoints",
+        "recipe",
+        "eval.schema",
+        "eval.findings",
+        "eval.matched",
+        "eval.report",
+        "eval.runs",
+        "tables",
+    ),
     "tables.forked": ("runner", "tables"),
 }
 # Module prefix -> third-party packages it may import when it is imported itself; None: whatever it likes.
