@@ -10,12 +10,10 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,6 +29,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from biasunlearn_trainer.adapters import ADAPTER_FILE, adapter_config, base_of, processor_folder, put_on
 from biasunlearn_trainer.groups import (
     GROUPS,
     base_model,
@@ -71,17 +70,16 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILE = "adapter_config.json"
-
 
 def load_config(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The model's configuration, without its weights; of an adapter's folder, that of its base.
+    """The model's configuration, without its weights; of an adapter, that of its base.
 
     Raises:
-        OSError: where the name is neither a folder, nor in the local cache, nor to be had from the Hub.
+        OSError: where the name is neither a folder, nor in the local cache, nor to be had from the Hub, or is an
+            adapter that does not say what it belongs on.
     """
-    if _is_adapter(name_or_path):
-        name_or_path = _base_of(name_or_path)
+    if adapter := adapter_config(name_or_path, revision):
+        name_or_path, revision = base_of(adapter, name_or_path, revision)
     try:
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as err:
@@ -105,9 +103,9 @@ def load_model(
     """Load a causal or an image-text model, whichever its configuration says, from safetensors only.
 
     Args:
-        name_or_path: a folder or a Hub id; a folder with an adapter loads the adapter's base and puts it on top.
+        name_or_path: a folder or a Hub id; that of an adapter loads the adapter's base and puts the adapter on top.
         dtype: precision of the weights; None keeps the checkpoint's.
-        revision: branch, tag or commit on the Hub.
+        revision: branch, tag or commit on the Hub. With the folder of an adapter, that of its base.
         attn_implementation: for instance `sdpa` or `flash_attention_2`.
         quantization_config: for instance `BitsAndBytesConfig` (QLoRA).
         trust_remote_code: run code that comes with the model. Off unless asked for.
@@ -125,8 +123,9 @@ def load_model(
         "device_map": device_map,
     }
     options = {key: value for key, value in options.items() if value is not None}
-    if _is_adapter(name_or_path):
-        return _put_on(load_model(_base_of(name_or_path), **options), name_or_path)
+    if adapter := adapter_config(name_or_path, revision):
+        base, options["revision"] = base_of(adapter, name_or_path, revision)
+        return put_on(load_model(base, **options), name_or_path, revision)
     config = load_config(name_or_path, revision, trust_remote_code)
     model = model_class(config).from_pretrained(name_or_path, use_safetensors=True, **options)
     accept_published_names(model)
@@ -173,20 +172,6 @@ def _take_own_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor],
             state_dict[names[id(tensor)]] = state_dict.pop(published)
 
 
-def _is_adapter(path: str) -> bool:
-    return (Path(path) / ADAPTER_FILE).is_file()
-
-
-def _base_of(adapter_path: str) -> str:
-    return PeftConfig.from_pretrained(adapter_path).base_model_name_or_path
-
-
-def _put_on(base: PreTrainedModel, adapter_path: str) -> PeftModel:
-    if not (Path(adapter_path) / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise OSError(f"{adapter_path} holds no {SAFETENSORS_WEIGHTS_NAME}; adapters are read from safetensors only.")
-    return PeftModel.from_pretrained(base, adapter_path, is_trainable=True)  # unlearning may go on from it
-
-
 def model_class(config: PreTrainedConfig) -> type:
     """The automatic class that builds the model of a configuration: image-text or causal."""
     is_image_text = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -200,15 +185,12 @@ def load_processor(
 
     A tokenizer without a pad token gets its EOS as one; padding is masked out by position everywhere, never by id.
     """
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = load_config(name_or_path, **options)
+    config = load_config(name_or_path, revision, trust_remote_code)
     loader = AutoProcessor if model_class(config) is AutoModelForImageTextToText else AutoTokenizer
-    saved_with_it = any(
-        (Path(name_or_path) / name).is_file() for name in ("tokenizer_config.json", "processor_config.json")
-    )
-    if _is_adapter(name_or_path) and not saved_with_it:
-        name_or_path = _base_of(name_or_path)
-    processing_class = loader.from_pretrained(name_or_path, **options)
+    if adapter := adapter_config(name_or_path, revision):
+        own = processor_folder(name_or_path, revision)
+        name_or_path, revision = (own, None) if own else base_of(adapter, name_or_path, revision)
+    processing_class = loader.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = tokenizer_of(processing_class)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -28,7 +28,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from biasunlearn_trainer.models import ADAPTER_FILE, load_config, model_class
+from biasunlearn_trainer.adapters import ADAPTER_FILE, adapter_config
+from biasunlearn_trainer.models import load_config, model_class
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def check_transfer(
     """
     kind_faults = _unfit_kinds(adapter.config)
     faults = list(kind_faults)
-    if (Path(sibling) / ADAPTER_FILE).is_file():
+    if adapter_config(sibling):
         faults.append(f"{sibling} is an adapter itself; expected a whole model. Name the model below it.")
     more, notes = _compare_with_base(adapter, sibling_config, sibling, trust_remote_code)
     faults += more

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from biasunlearn_trainer.adapters import ADAPTER_FILE, adapter_config
 from biasunlearn_trainer.eval.schema import EvalResult, load_results
-from biasunlearn_trainer.models import ADAPTER_FILE
 
 RESULTS_FILE, RECIPE_FILE, ENVIRONMENT_FILE = "results.json", "recipe.resolved.yaml", "environment.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -160,8 +160,8 @@ def _weight_faults(run: FinishedRun) -> list[str]:
             "checkpoints or caches."
         ]
     measured, named = run.environment.get("model", {}).get("source"), run.adapter_config.get("base_model_name_or_path")
-    if not run.is_adapter or not measured or (Path(measured) / ADAPTER_FILE).is_file() or _is_same(measured, named):
-        return []
+    if not run.is_adapter or not measured or _is_same(measured, named) or adapter_config(measured):
+        return []  # a run that went on from an adapter names that one
     return [
         f"the adapter is for another base: {ADAPTER_FILE} names {named}, the run measured {measured}. Put the run's "
         "own adapter back, or run `transfer_adapter_from` to measure this one."

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from biasunlearn_trainer.models import ADAPTER_FILE, load_config, model_class
+from biasunlearn_trainer.adapters import adapter_config
+from biasunlearn_trainer.models import load_config, model_class
 from biasunlearn_trainer.plan.quantised import pack_linears
 from biasunlearn_trainer.plan.shadow import Shadow
 from biasunlearn_trainer.recipe import Recipe
@@ -32,9 +32,9 @@ def build_model(shadow: Shadow, recipe: Recipe, config: PreTrainedConfig, dtype:
     if settings.load_in_4bit or settings.load_in_8bit:
         with shadow:
             pack_linears(model, 4 if settings.load_in_4bit else 8, settings.use_bnb_nested_quant, dtype)
-    if (Path(name) / ADAPTER_FILE).is_file():
+    if adapter := adapter_config(name, settings.model_revision):
         with shadow:
-            return get_peft_model(model, PeftConfig.from_pretrained(name))
+            return get_peft_model(model, adapter)
     return model
 
 
