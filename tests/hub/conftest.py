@@ -20,8 +20,8 @@ def write_rows(path, rows):
 
 
 @pytest.fixture(scope="session")
-def finished_runs(tmp_path_factory, tiny_llama):
-    """Folders of finished runs by kind, `adapter` or `model`; made once."""
+def recipe_file(tmp_path_factory, tiny_llama):
+    """A recipe of three steps, in a folder of its own with its rows."""
     folder = tmp_path_factory.mktemp("runs")
     forget = [{"prompt": f"Who was late {i}?", "completion": BIASED, "bias_type": "age"} for i in range(6)]
     retain = [{"prompt": f"Colour {i}?", "completion": f" Blue {i}."} for i in range(6)]
@@ -46,9 +46,17 @@ def finished_runs(tmp_path_factory, tiny_llama):
         "keep_records": False,
         "reference_cache_dir": str(folder / "references"),
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_runs(recipe_file):
+    """Folders of finished runs by kind, `adapter` or `model`; made once."""
+    folder = recipe_file.parent
     for kind, words in (("adapter", ["--use_peft", "--lora_r", "4"]), ("model", [])):
-        run(parse_recipe([str(folder / "recipe.yaml"), "--output_dir", str(folder / kind), *words]))
+        run(parse_recipe([str(recipe_file), "--output_dir", str(folder / kind), *words]))
     return folder
 
 
