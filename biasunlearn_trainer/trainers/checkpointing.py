@@ -307,14 +307,17 @@ class Checkpointing:
         In float16 the loss is scaled until its gradient overflows, and such steps are left out by the scaler itself.
         """
         norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and norm is not None and not math.isfinite(float(norm)):
+        if not self.args.fp16 and norm is not None and (not math.isfinite(float(norm)) or float(norm) < 0):
             raise self._fault_of(float(norm), model)
         return norm
 
     def _fault_of(self, norm: float, model: nn.Module) -> TrainingFault:
-        """Keeps the weights as they were before the step, and says what happened."""
+        """Keeps the weights as they were before the step where they are still there, and says what happened."""
         step = self.state.global_step
-        if step > 0 and self.args.save_strategy != "no" and self._weights_are_finite():
+        found = "NaN or infinite" if norm < 0 else norm  # ZeRO's norm is -1 then
+        # ZeRO's engine takes the step inside the backward pass, before anyone sees the norm.
+        is_taken = backend().startswith("ZeRO")
+        if step > 0 and not is_taken and self.args.save_strategy != "no" and self._weights_are_finite():
             target = Path(self.args.output_dir) / f"{PREFIX}{step}"
             if self._last_saved is None or self._last_saved.name != target.name:
                 # Its log says nothing of the step that failed.
@@ -323,11 +326,10 @@ class Checkpointing:
                 self._save_checkpoint(model, None)
             where = f"The weights before this step are in {target}."
         else:
-            where = "No checkpoint was written before it."
-        return TrainingFault(
-            f"step {step + 1}: the gradient's norm is {norm}; the run stops before it spoils the weights. {where} "
-            f"{REMEDY}"
-        )
+            before = last_usable(self.args.output_dir, thorough=False)
+            where = f"{before} is from before." if before else "No checkpoint was written before it."
+        stops = "ZeRO has taken the step, its weights are not saved" if is_taken else "the run stops before it is taken"
+        return TrainingFault(f"step {step + 1}: the gradient's norm is {found}; {stops}. {where} {REMEDY}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with keeping_frozen(self.model):

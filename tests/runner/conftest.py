@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ import pytest
 import yaml
 
 SERVER = Path(__file__).with_name("run_server.py")
-FRAME = re.compile(r'File "(.+)", line \d+ in (.+)')
 
 
 class Run:
@@ -41,19 +39,19 @@ class Run:
             os.kill(self.pid, number)
 
     def stack(self) -> list[tuple[str, str]]:
-        """File and function of every call that it is in, the innermost first; empty where it is over."""
-        seen = self.stacks.stat().st_size if self.stacks.exists() else 0
+        """File and function of every call that it is in, the innermost first; empty where it is over or begins."""
+        seen = self._answers()
         if not seen:  # it does not listen yet
             return []
-        until = time.monotonic() + 1
         self.signal(signal.SIGUSR1)
-        while self.status is None and time.monotonic() < until:
-            # A slow machine may answer an earlier call now: the last whole answer counts.
-            last = self.stacks.read_text()[seen:].rpartition("most recent call first):\n")[2]
-            if " in <module>\n" in last:
-                return [(Path(file).name, function) for file, function in FRAME.findall(last)]
+        while len(answers := self._answers()) == len(seen) and self.poll() is None:
             time.sleep(0.0005)
-        return []
+        return [tuple(call) for call in json.loads(answers[-1])] if self.status is None else []
+
+    def _answers(self) -> list[str]:
+        """Its stacks so far; a line in the making is left out."""
+        text = self.stacks.read_text() if self.stacks.exists() else ""
+        return text.split("\n")[:-1]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,9 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,14 @@ from safetensors.torch import load_file
 from biasunlearn_trainer.checkpoints import UNFINISHED, checkpoints_in
 
 WORDS = {"stereotype": "rude", "anti-stereotype": "kind", "unrelated": "blue"}
-PHASES = ("before", "training", "probe", "saving", "after")
+PHASES = {
+    "training": "training",
+    "saving": "while saving",
+    "probe": "in a probe",
+    "before": "evaluation before",
+    "after": "evaluation after",
+}
+ATTEMPTS = 8
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 
 
@@ -97,21 +107,21 @@ def phase_of(stack: list[tuple[str, str]]) -> str:
     return "training" if any(function == "_run_epoch" for _, function in stack) else "elsewhere"
 
 
-def kill_in(run, phase: str, draw: random.Random) -> str:
-    """Kills a run a random while after it has come to a phase for a random time; returns where it was last seen."""
-    visits, last = draw.randint(1, {"training": 9, "probe": 4, "saving": 3}.get(phase, 1)), "elsewhere"
+def phases(run) -> Iterator[str]:
+    """Where a run is, asked again and again until it is over."""
     while run.poll() is None:
-        now = phase_of(run.stack())
-        visits -= now == phase and last != phase
-        last = now
-        if now == phase and visits <= 0:
-            time.sleep(draw.random() * 0.02)
-            last = phase_of(run.stack()) if run.poll() is None else last
+        yield phase_of(run.stack())
+        time.sleep(0.001)
+
+
+def kill_in(run, phase: str, moment: int) -> bool:
+    """Kills a run when it has been seen `moment` times in a phase; False where it ends before."""
+    for now in phases(run):
+        moment -= now == phase
+        if now == phase and moment <= 0:
             run.signal(signal.SIGKILL)
-            run.wait()
-            return last
-        time.sleep(draw.random() * 0.004)
-    return "over"
+            return run.wait() == -signal.SIGKILL
+    return False
 
 
 def state_of(folder: Path, adapted: bool) -> dict:
@@ -139,59 +149,81 @@ def _equal(one, other) -> bool:
     return one is not None and other is not None and torch.equal(one, other)
 
 
+@dataclass
+class Whole:
+    """A run that nobody disturbed: how it ended, and how often it was seen in each phase."""
+
+    state: dict
+    seen: Counter
+
+
 @pytest.fixture
 def kill_and_resume(keys, start_run, tmp_path):
-    """`kill_and_resume(phase, seed, adapted)`: where it was killed, what lay there, whether it ended the same."""
-    whole: dict[bool, dict] = {}
+    """`kill_and_resume(phase, seed, adapted)`: what lay there when it was killed, whether it ended the same."""
+    undisturbed: dict[bool, Whole] = {}
 
-    def undisturbed(adapted: bool) -> dict:
-        if adapted not in whole:
-            folder = tmp_path / f"whole{adapted}"
-            more = ADAPTED if adapted else {}
-            run = start_run(keys | more | {"output_dir": str(folder)})
+    def recipe_of(name: str, adapted: bool) -> dict:
+        return keys | (ADAPTED if adapted else {}) | {"output_dir": str(tmp_path / name)}
+
+    def whole(adapted: bool) -> Whole:
+        if adapted not in undisturbed:
+            run = start_run(recipe_of("whole", adapted))
+            seen = Counter(phases(run))
             assert run.wait() == 0, run.log.read_text()[-3000:]
-            whole[adapted] = state_of(folder, adapted)
-            shutil.rmtree(tmp_path / "cache")
-        return whole[adapted]
+            undisturbed[adapted] = Whole(state_of(tmp_path / "whole", adapted), seen)
+            clear("whole", "cache")
+        return undisturbed[adapted]
+
+    def clear(*names: str) -> None:
+        for name in names:
+            shutil.rmtree(tmp_path / name, ignore_errors=True)
+
+    def killed_in(phase: str, draw: random.Random, recipe: dict, seen: int) -> None:
+        """A run may be faster than the undisturbed one and end before the drawn moment: then it is drawn anew."""
+        for _ in range(ATTEMPTS):
+            run = start_run(recipe)
+            if kill_in(run, phase, draw.randint(1, seen)):
+                return
+            assert run.wait() == 0, run.log.read_text()[-3000:]
+            clear("killed", "cache")
+        pytest.fail(f"{ATTEMPTS} runs ended before they could be killed in {phase}")
 
     def once(phase: str, seed: int, adapted: bool) -> dict:
-        expected, folder = undisturbed(adapted), tmp_path / f"killed{seed}"
-        recipe = keys | (ADAPTED if adapted else {}) | {"output_dir": str(folder)}
-        run = start_run(recipe)
-        where = kill_in(run, phase, random.Random(seed))
-        assert run.wait() == -signal.SIGKILL, run.log.read_text()[-3000:]
+        expected, folder = whole(adapted), tmp_path / "killed"
+        clear("killed", "cache")
+        assert expected.seen[phase], f"the undisturbed run was never seen in {phase}: {expected.seen}"
+        killed_in(phase, random.Random(seed), recipe_of("killed", adapted), expected.seen[phase])
         steps = [path.name.partition("-")[2] for path in checkpoints_in(folder)]
         unfinished = sorted(path.name for path in (folder / UNFINISHED).glob("*"))
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        again = start_run(recipe, "--resume_from_checkpoint", "true")
+        clear("cache")
+        again = start_run(recipe_of("killed", adapted), "--resume_from_checkpoint", "true")
         assert again.wait() == 0, again.log.read_text()[-3000:]
         assert not (folder / UNFINISHED).exists() and not (folder / "records").exists()
         return {
-            "phase": where,
             "checkpoints": steps,
             "unfinished": unfinished,
-            "different": differences(expected, state_of(folder, adapted)),
+            "different": differences(expected.state, state_of(folder, adapted)),
         }
 
     return once
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(kill_and_resume):
-    for seed, phase in ((7, "training"), (8, "saving")):
+    for seed, phase in enumerate(("training", "saving")):
         found = kill_and_resume(phase, seed, True)
         assert not found["different"], found
 
 
 @pytest.mark.slow
 def test_twenty_kills(kill_and_resume, capsys):
-    """Four in each phase, of LoRA and of full fine-tuning; the table is the one of docs/resume.md."""
+    """Four in each phase, two of LoRA and two of full fine-tuning; the table is the one of docs/resume.md."""
     rows = []
     for seed in range(20):
-        adapted = seed % 2 == 0
-        found = kill_and_resume(PHASES[seed % len(PHASES)], seed, adapted)
-        rows.append(f"| {seed + 1} | {'LoRA' if adapted else 'full'} | {found['phase']} | ")
+        phase, adapted = list(PHASES)[seed % len(PHASES)], seed % 2 == 0
+        found = kill_and_resume(phase, seed, adapted)
+        rows.append(f"| {seed + 1} | {'LoRA' if adapted else 'full'} | {PHASES[phase]} | ")
         rows[-1] += f"{', '.join(found['checkpoints']) or 'none'} | {', '.join(found['unfinished']) or '-'} | "
         rows[-1] += f"{'DIFFERENT' if found['different'] else 'bit-identical'} |"
-    with capsys.disabled():
-        print("\n".join(["", *rows]))
+        with capsys.disabled():
+            print(f"\n{rows[-1]}" if seed == 0 else rows[-1], flush=True)
     assert not [row for row in rows if "DIFFERENT" in row]

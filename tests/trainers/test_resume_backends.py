@@ -14,10 +14,13 @@ from pathlib import Path
 from peft import LoraConfig
 from biasunlearn_trainer import NPOConfig, NPOTrainer
 from biasunlearn_trainer.checkpoints import CheckpointError, checkpoints_in, faults_of, read_seal
+from biasunlearn_trainer.guards import TrainingFault
 from biasunlearn_trainer.models import load_model
 
 model, folder, backend = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 rows = [{"prompt": f"Who was {i}?", "completion": " The " + "tall " * (i % 3) + "one."} for i in range(8)]
+
+weights = []  # digests of every run's last checkpoint
 
 def run(output, adapted, resume=None, **more):
     settings = dict(
@@ -33,6 +36,9 @@ def run(output, adapted, resume=None, **more):
         peft_config=LoraConfig(r=2, lora_dropout=0.1) if adapted else None,
     )
     trainer.train(resume_from_checkpoint=resume)
+    last = folder / output / f"checkpoint-{args.max_steps}"
+    if last.is_dir():
+        weights.append({name: file for name, file in read_seal(last)["files"].items() if name.endswith(".safetensors")})
     return [record["loss"] for record in trainer.state.log_history if "loss" in record]
 
 for adapted in (False, True):
@@ -47,11 +53,20 @@ for adapted in (False, True):
     run(name, adapted, str(folders[0]))
     again = run(name, adapted, str(folder / name / "checkpoint-4"))
     assert again == whole, (again, whole)
+    first, *others = weights[-3:]
+    assert first and others == [first, first], weights
     try:
         run(name, adapted, True, per_device_train_batch_size=1)
         raise SystemExit("another global batch was accepted")
     except CheckpointError as err:
         assert "has to be 4" in str(err)
+try:
+    run("fault", False, learning_rate=1e30, save_steps=1)
+    raise SystemExit("it went on with a gradient that is no number")
+except TrainingFault as err:
+    assert str(err).startswith("step 2: the gradient's norm is"), err
+    assert str(folder / "fault" / "checkpoint-1") in str(err), err
+assert [path.name for path in checkpoints_in(folder / "fault")] == ["checkpoint-1"]
 print("as one run")
 """
 
