@@ -49,7 +49,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Share:
-    """What one process has: bytes that stay, and the part of the gradients."""
+    """What one process has: bytes that stay, and the part of the gradients and of a second model."""
 
     weights: int
     optimizer: OptimizerBytes
@@ -57,6 +57,7 @@ class _Share:
     gathered: int = 0
     gradients: float = 1.0
     buffers: int = 0
+    reference: float = 1.0
 
 
 def memory(step: Step, backend: str, processes: int, optim: str, optim_args: str | None, mixed: bool) -> Memory:
@@ -77,7 +78,7 @@ def memory(step: Step, backend: str, processes: int, optim: str, optim_args: str
         gathered=share.gathered,
         gradients=gradients,
         optimizer=share.optimizer.state * (not share.optimizer.paged) + share.master,
-        reference=step.reference,
+        reference=math.ceil(share.reference * step.reference) + step.tables,
         mask=step.mask,
         kept=step.kept,
         activations=activations,
@@ -127,6 +128,7 @@ def _zero3(step: Step, processes: int, optim: str, optim_args: str | None, mixed
         gathered=live * _itemsize(step),
         gradients=1 / processes,
         buffers=REDUCE_BUCKET * _itemsize(step),
+        reference=1 / processes,
     )
 
 

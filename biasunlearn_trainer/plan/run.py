@@ -61,7 +61,7 @@ def plan(recipe: Recipe) -> Plan:
     processing_class, sets, notes = _data(recipe)
     precision = recipe.training.mixed_precision
     mixed = precision in COMPUTED_IN
-    dtype = weights_dtype(config, recipe.model.dtype)
+    dtype = loaded = weights_dtype(config, recipe.model.dtype)
     if mixed and backend in ("zero2", "zero3"):
         dtype, precision = COMPUTED_IN[precision], "no"  # DeepSpeed casts the model itself
     shadow = Shadow()
@@ -72,6 +72,8 @@ def plan(recipe: Recipe) -> Plan:
             trainer = build_trainer(shadow, recipe, model, rows, processing_class if sets else None, config)
             batch, measured = _batches(recipe, trainer, config, with_data=bool(sets))
             step = trace_step(shadow, trainer, batch, precision, measured)
+        if backend == "zero2":  # which does not cast a second model; ZeRO-3 casts it when it is loaded
+            step.reference = step.reference * loaded.itemsize // dtype.itemsize
     except ValueError as err:
         raise RecipeError([str(err)], recipe.source) from err
     args, gpu = recipe.training, _gpu(recipe)

@@ -43,13 +43,14 @@ class Step:
 
     Attributes:
         weights: parameters and buffers of the model, each once.
-        reference: of a second model or a table of log-probabilities.
+        reference: of a second model.
         mask: of the saliency mask.
         kept: of the copy of weights that a mask of scope `update` puts back.
         levels: by the bytes of gradients of weights that are alive, the most bytes of activations beside them.
         tokens: that the policy reads in a micro-batch.
         blocks: elements of what is in no layer, then of every layer.
         building: of everything while the mask is made; 0 where it is not.
+        tables: of the reference's log-probabilities, where they are computed once.
     """
 
     weights: list[Weight]
@@ -60,6 +61,7 @@ class Step:
     tokens: int
     blocks: list[int] = field(default_factory=list)
     building: int = 0
+    tables: int = 0
 
     @property
     def trainable(self) -> list[Weight]:
@@ -87,12 +89,12 @@ def trace_step(
     building = _building(shadow, trainer, measured) if measured is not None else 0
     with shadow:
         trainer.prepare_saliency()
-    reference, mask, kept = _reference_tensors(trainer), *_mask_tensors(trainer)
+    models, tables, (mask, kept) = _reference_models(trainer), _tables(trainer), _mask_tensors(trainer)
     with shadow:
         enable_checkpointing(trainer)
         compute_in(model, precision)
         model.train()
-        with StepBytes(model, [*reference, *mask, *kept]) as meter:
+        with StepBytes(model, [*models, *tables, *mask, *kept]) as meter:
             meter.add(value for part in batch.values() for value in part.values())
             # The second micro-batch of a step finds the gradients of the first.
             for _ in range(min(2, trainer.args.gradient_accumulation_steps)):
@@ -100,7 +102,8 @@ def trace_step(
         meter.close()
     return Step(
         weights=_weights(model),
-        reference=_bytes(reference),
+        reference=_bytes(models),
+        tables=_bytes(tables),
         mask=_bytes(mask),
         kept=_bytes(kept),
         levels=meter.levels,
@@ -116,7 +119,7 @@ def _building(shadow: Shadow, trainer: Any, rows: Mapping[str, Tensor]) -> int:
     with shadow, without_dropout(model):
         sums = [empty_sums(model) for _ in range(once)]  # held twice, the other set's are as large
         held = [value for part in sums for value in part.values()]
-        with StepBytes(model, [*held, *_reference_tensors(trainer)]) as meter:
+        with StepBytes(model, [*held, *_reference_models(trainer), *_tables(trainer)]) as meter:
             add_squared_gradients(model, rows, sums[0])
         meter.close()
     return meter.peak
@@ -158,10 +161,13 @@ def _blocks(model: nn.Module) -> list[int]:
     return [sum(value.numel() for value in model.parameters()) - sum(sizes), *sizes]
 
 
-def _reference_tensors(trainer: Any) -> list[Tensor]:
+def _reference_models(trainer: Any) -> list[Tensor]:
     models = {id(part.model): part.model for part in trainer.reference.values() if hasattr(part, "model")}
-    tensors = [value for model in models.values() for value in (*model.parameters(), *model.buffers())]
-    return tensors + [part.table for part in trainer.reference.values() if hasattr(part, "table")]
+    return [value for model in models.values() for value in (*model.parameters(), *model.buffers())]
+
+
+def _tables(trainer: Any) -> list[Tensor]:
+    return [part.table for part in trainer.reference.values() if hasattr(part, "table")]
 
 
 def _mask_tensors(trainer: Any) -> tuple[list[Tensor], list[Tensor]]:

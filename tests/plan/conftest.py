@@ -64,10 +64,13 @@ def write_recipe(saved_model, text_rows, image_rows, tmp_path):
 
     def write(method, modality="text", size="small", **keys):
         rows = (text_rows if modality == "text" else image_rows)(8)
-        for stream in ("forget", "retain"):
+        streams = ("forget", "retain", *(["utility"] if method == "biasunlearn" else []))
+        for stream in streams:
             lines = []
             for number, row in enumerate(rows):
                 row = {**row, "prompt": f"{stream} " + row["prompt"] * 8, "completion": row["completion"] * 3}
+                if method == "pubg":
+                    row |= {"guidance": row["completion"], "guidance_prompt": row["prompt"] + " Who?"}
                 if modality == "image":
                     row["images"][0].save(tmp_path / f"{number}.png")
                     row["images"] = f"{number}.png"
@@ -76,8 +79,7 @@ def write_recipe(saved_model, text_rows, image_rows, tmp_path):
         recipe = {
             "method": method,
             "model_name_or_path": str(saved_model(modality, size)),
-            "forget_dataset": str(tmp_path / "forget.jsonl"),
-            "retain_dataset": str(tmp_path / "retain.jsonl"),
+            **{f"{stream}_dataset": str(tmp_path / f"{stream}.jsonl") for stream in streams},
             "allow_leakage": True,
             "per_device_train_batch_size": 4,
             "max_steps": 2,

@@ -10,6 +10,15 @@ CASES = {
     "kl_min full second model": {"method": "kl_min"},
     "mmunlearner masked": {"method": "mmunlearner"},
     "mmunlearner masked update": {"method": "mmunlearner", "mask_scope": "update"},
+    "biasunlearn lora": {
+        "method": "biasunlearn",
+        "use_peft": True,
+        "lora_r": 8,
+        "dynamic_swapping": False,
+        "early_stop": False,
+    },
+    "pubg full": {"method": "pubg"},
+    "dpo full precomputed": {"method": "dpo", "beta": 0.1},
 }
 BOUND = 0.15
 
@@ -37,10 +46,21 @@ def test_the_plan_is_what_a_small_run_holds(case, modality, checkpointing, write
     check(planned_and_measured, path, f"{case}, {modality}, {checkpointing}")
 
 
+# What differs in kind: adapter, full fine-tuning, a second model, a mask, with text and pictures; then, once each, the
+# methods whose passes differ.
+TWICE = ("npo lora adapter", "ga_diff full", "kl_min full second model", "mmunlearner masked")
+LARGE = [(case, modality, again) for again in (False, True) for case in TWICE for modality in ("text", "image")] + [
+    ("npo full precomputed", "image", False),
+    ("kl_min lora", "text", True),
+    ("mmunlearner masked update", "text", False),
+    ("biasunlearn lora", "text", False),
+    ("pubg full", "text", False),
+    ("dpo full precomputed", "image", True),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("modality", ["text", "image"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "modality", "checkpointing"), LARGE)
 def test_the_plan_is_what_a_run_of_50m_parameters_holds(
     case, modality, checkpointing, write_recipe, planned_and_measured
 ):

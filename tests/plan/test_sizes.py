@@ -100,6 +100,11 @@ def test_zero3_shares_weights_too():
     assert made("zero3", weights=huge).gathered == 2 * LIVE_PARAMETERS
 
 
+def test_a_second_model_is_shared_by_zero3_alone_and_a_table_by_nobody():
+    found = [made(backend, reference=4000, tables=9).reference for backend in ("ddp", "zero2", "fsdp2", "zero3")]
+    assert found == [4009, 4009, 4009, 1009]
+
+
 def test_fsdp2_gathers_two_layers_and_what_is_in_none():
     found = made("fsdp2")
     assert found.weights == 600 and found.gathered == 2 * (200 + 300 + 400) and found.optimizer == 200
