@@ -1,13 +1,16 @@
-"""A rank that trains a recipe under DeepSpeed and says what it holds: `torch.distributed.run held_shares.py RECIPE OUT`."""
+"""A rank that trains a recipe under DeepSpeed and says what it holds.
+
+python -m torch.distributed.run --nproc_per_node=2 held_shares.py RECIPE OUTPUT       # writes OUTPUT.0 and OUTPUT.1
+"""
 
 import json
 import os
 import sys
 from pathlib import Path
 
-import biasunlearn_trainer  # noqa: F401  before transformers, for torchvision beside a CPU torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+import biasunlearn_trainer  # noqa: F401  before transformers, for torchvision beside a CPU torch
 from biasunlearn_trainer.recipe import parse_recipe
 from biasunlearn_trainer.runner.data import load_streams
 from biasunlearn_trainer.runner.models import load_for_run

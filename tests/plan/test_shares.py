@@ -40,9 +40,9 @@ def test_a_rank_holds_what_the_plan_says(case, backend, write_recipe, tmp_path):
     # The plan's gradients are those of the fullest moment; before the optimizer's step a rank has its half of them all.
     share = {part: getattr(made.memory, part) for part in ("weights", "optimizer", "reference")}
     share["gradients"] = 2 * made.trainable / 2
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-        + [str(Path(__file__).with_name("held_shares.py")), path, str(tmp_path / "held")],
+        [*launch, str(Path(__file__).with_name("held_shares.py")), path, str(tmp_path / "held")],
         env={**os.environ, **launch_environment(backend)},
         capture_output=True,
         text=True,
