@@ -19,7 +19,7 @@ class Run:
 
     def __init__(self, server, pid: int, log: Path, stacks: Path):
         self.server, self.pid, self.log, self.stacks = server, pid, log, stacks
-        self.status = None
+        self.status, self.listens, self.read = None, False, 0
 
     def poll(self) -> int | None:
         """Exit status, minus the number of a signal; None while it runs."""
@@ -40,18 +40,25 @@ class Run:
 
     def stack(self) -> list[tuple[str, str]]:
         """File and function of every call that it is in, the innermost first; empty where it is over or begins."""
-        seen = self._answers()
-        if not seen:  # it does not listen yet
+        if not self.listens:
+            self.listens = self._answer() is not None
             return []
         self.signal(signal.SIGUSR1)
-        while len(answers := self._answers()) == len(seen) and self.poll() is None:
+        while (answer := self._answer()) is None and self.poll() is None:
             time.sleep(0.0005)
-        return [tuple(call) for call in json.loads(answers[-1])] if self.status is None else []
+        return [tuple(call) for call in answer or []]
 
-    def _answers(self) -> list[str]:
-        """Its stacks so far; a line in the making is left out."""
-        text = self.stacks.read_text() if self.stacks.exists() else ""
-        return text.split("\n")[:-1]
+    def _answer(self) -> list | None:
+        """The next line of its stacks, once it is whole."""
+        if not self.stacks.exists():
+            return None
+        with open(self.stacks) as file:
+            file.seek(self.read)
+            line = file.readline()
+        if not line.endswith("\n"):
+            return None
+        self.read += len(line)
+        return json.loads(line)
 
 
 @pytest.fixture(scope="session")

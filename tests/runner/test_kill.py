@@ -111,7 +111,7 @@ def phases(run) -> Iterator[str]:
     """Where a run is, asked again and again until it is over."""
     while run.poll() is None:
         yield phase_of(run.stack())
-        time.sleep(0.001)
+        time.sleep(0.002)
 
 
 def kill_in(run, phase: str, moment: int) -> bool:
