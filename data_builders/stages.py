@@ -38,6 +38,7 @@ starts another store. What changes no result (a timeout, the number of threads) 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -171,15 +172,24 @@ def run_stages(
         ValueError: a stage returned another number of outcomes than it got rows.
         StageError, StoreError: from a stage; what was answered until then is stored.
     """
-    for stage in stages:
-        if isinstance(stage, ItemStage):
-            rows = _run_items(rows, stage, Path(folder), on_item)
-        elif isinstance(stage, StreamStage):
-            rows = stage.run(rows)
-        else:
-            raise TypeError(f"{stage!r} is no stage: it needs name, settings, and run(rows) or key(row) and do(rows).")
-        rows = _without_rejects(rows, stage.name, on_reject)
-    yield from rows
+    with ExitStack() as opened:
+        # Two stages of the same settings, for other rows each (`where`), have one store.
+        stores: dict[str, Store] = {}
+        for stage in stages:
+            if isinstance(stage, ItemStage):
+                name = stage_id(stage)
+                if name not in stores:
+                    stores[name] = opened.enter_context(open_store(stage, Path(folder)))
+                _give_folder(stage, Path(folder))
+                rows = _run_items(rows, stage, stores[name], on_item)
+            elif isinstance(stage, StreamStage):
+                rows = stage.run(rows)
+            else:
+                raise TypeError(
+                    f"{stage!r} is no stage: it needs name, settings, and run(rows) or key(row) and do(rows)."
+                )
+            rows = _without_rejects(rows, stage.name, on_reject)
+        yield from rows
 
 
 def _without_rejects(rows: Iterable[dict | Reject], name: str, on_reject: Callable[[Reject], None]) -> Iterator[dict]:
@@ -191,11 +201,10 @@ def _without_rejects(rows: Iterable[dict | Reject], name: str, on_reject: Callab
 
 
 def _run_items(
-    rows: Iterable[dict], stage: ItemStage, folder: Path, on_item: Callable[[Stage, bool, int], None]
+    rows: Iterable[dict], stage: ItemStage, store: Store, on_item: Callable[[Stage, bool, int], None]
 ) -> Iterator[dict | Reject]:
     try:
-        with open_store(stage, folder) as store:
-            yield from _Items(stage, store, on_item).run(rows)
+        yield from _Items(stage, store, on_item).run(rows)
     finally:
         getattr(stage, "close", lambda: None)()
 
@@ -209,14 +218,18 @@ def open_store(stage: ItemStage, folder: Path, part: str = "") -> Store:
         part: of a process's own store; without one, the parts that are there are taken in first.
     """
     name = stage_id(stage)
-    if hasattr(stage, "folder"):
-        stage.folder = folder / name
-        stage.folder.mkdir(parents=True, exist_ok=True)
+    _give_folder(stage, folder)
     store = Store(folder / f"{name}{part and '.'}{part}.jsonl")
     if not part:
         for path in sorted(folder.glob(f"{name}.*.jsonl")):
             store.take_in(path)
     return store
+
+
+def _give_folder(stage: ItemStage, folder: Path) -> None:
+    if hasattr(stage, "folder"):
+        stage.folder = folder / stage_id(stage)
+        stage.folder.mkdir(parents=True, exist_ok=True)
 
 
 def ask_for(rows: Iterable[dict], stage: ItemStage, folder: Path, part: str) -> None:

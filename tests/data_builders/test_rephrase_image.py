@@ -512,6 +512,18 @@ def test_a_killed_build_draws_nothing_twice(saved, rows, tmp_path):
     assert report.splits["train"].fingerprint == undisturbed.splits["train"].fingerprint
 
 
+@contextlib.contextmanager
+def one_thread():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def launched(path, launcher):
     """Builds in two processes, launched by torchrun or, which saves its start, as it launches them."""
     python, build = [sys.executable], ["-m", "biasunlearn_trainer.data_builders.build", str(path)]
@@ -538,7 +550,8 @@ def launched(path, launcher):
 @pytest.mark.parametrize("launcher", ["environment", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_build_what_one_builds(saved, rows, tmp_path, launcher):
     given = [*many(rows, 7), {**rows[0], "source_id": "long", "completion": "a" * 80}]
-    alone = building.build(read_build_recipe(write_recipe(tmp_path, given, saved, "alone")), show_progress=False)
+    with one_thread():  # as the launched ones; other numbers of threads round otherwise
+        alone = building.build(read_build_recipe(write_recipe(tmp_path, given, saved, "alone")), show_progress=False)
     path = write_recipe(tmp_path, given, saved, "together")
     # What a killed build of several processes left is taken in: here the third one's share of one picture.
     cache, left = tmp_path / "together/.cache", tmp_path / "alone/.cache"

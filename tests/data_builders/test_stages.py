@@ -246,3 +246,15 @@ def test_a_full_disk_leaves_whole_lines_and_says_what_to_do(tmp_path):
         assert len(store) == kept
         store.put("more", {"row": {}})
         assert store.get(str(kept - 1)) == {"row": {"text": "x" * 50}}
+
+
+def test_two_stages_of_the_same_settings_share_a_store(tmp_path):
+    rows = [{"n": n, "kind": "ab"[n % 2]} for n in range(10)]
+    stages = [Square(), Square()]
+    stages[0].where, stages[1].where = {"kind": "a"}, {"kind": "b"}
+    out, _, _ = run(rows, stages, tmp_path)
+    assert [row["square"] for row in out] == [n * n for n in range(10)]
+    assert sorted(flat(stages[0].asked)) == [0, 2, 4, 6, 8] and sorted(flat(stages[1].asked)) == [1, 3, 5, 7, 9]
+    assert len(list(tmp_path.glob("*.jsonl"))) == 1
+    again = Square()
+    assert run(rows, [again], tmp_path)[0] == out and not again.asked
