@@ -69,8 +69,7 @@ def _holds(outer: nn.Module, inner: nn.Module) -> bool:
 def _groups_message(model: nn.Module, vision: nn.Module | None, decoder: nn.Module, names: dict[nn.Module, str]) -> str:
     """What was found of a model whose parts have no place of their own, and how to name them."""
     parts = ", ".join(
-        f"{name} ({sum(map(num_weights, module.parameters())):,} weights)"
-        for name, module in _outer_parts(model)
+        f"{name} ({sum(map(num_weights, module.parameters())):,} weights)" for name, module in _outer_parts(model)
     )
     found_vision = "none" if vision is None else repr(names[vision])
     found_decoder = "the whole model" if decoder is model else repr(names.get(decoder, "not a part of it"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import deepspeed as hf_deepspeed
 
 FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
@@ -75,6 +76,27 @@ def inference_engine(model: nn.Module) -> Any:
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     config |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
     return deepspeed.initialize(model=model, config=config)[0]
+
+
+class ForgetGradients(TrainerCallback):
+    """Sets the gradients in a ZeRO-3 engine to 0 before each step.
+
+    DeepSpeed (0.19.8) overwrites a weight's gradient of the last step when a new one comes. To a weight that a step
+    leaves out none comes, and the optimizer would take the old one once more.
+
+    Args:
+        trainer: whose `deepspeed` is the engine, once training has begun.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Called before the first micro-batch of a step."""
+        optimizer = getattr(self.trainer.deepspeed, "optimizer", None)
+        gradients = getattr(optimizer, "grad_partitions_flat_buffer", None)
+        if gradients is not None:
+            gradients.zero_()
 
 
 @contextmanager

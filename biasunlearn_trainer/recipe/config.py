@@ -235,8 +235,8 @@ class RunConfig:
     plan: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "Say what the run needs (parameters, memory on each GPU, steps, time) from the model's config alone; "
-            "load and train nothing. The data are used where they can be read."
+            "help": "Say what the run needs (parameters, memory on each GPU, steps, time) from the model's config "
+            "alone; load and train nothing. The data are used where they can be read."
         },
     )
     plan_backend: Literal["none", "ddp", "zero2", "zero3", "fsdp2"] | None = dataclasses.field(

@@ -33,7 +33,7 @@ from biasunlearn_trainer.models import (
 )
 from biasunlearn_trainer.reference import PrecomputedReference
 from biasunlearn_trainer.saliency import SaliencyMask
-from biasunlearn_trainer.sharding import is_sharded, running
+from biasunlearn_trainer.sharding import ForgetGradients, is_sharded, running
 from biasunlearn_trainer.streams import DrawSampler, PairedStreams, dealt_batches
 from biasunlearn_trainer.trainers.checkpointing import Checkpointing
 from biasunlearn_trainer.trainers.config import KLConfig, RetainChoiceConfig, RetainConfig, UnlearnConfig
@@ -183,6 +183,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         self.model_accepts_loss_kwargs = False
         self._sums: dict[str, Tensor] = {}
         self._untouched = UntouchedWeights(self.model)
+        self.add_callback(ForgetGradients(self))
         self._begin_reference(reference_model)
         self._begin_masking(self.model, saliency_mask, preserve_dataset)
 
