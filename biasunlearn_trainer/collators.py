@@ -393,7 +393,7 @@ def choose_rows(
     if from_second.all():
         return dict(second)
     width = max(batch["input_ids"].shape[1] for batch in (first, second))
-    rows = [_split_rows(_widen(batch, width, pad_token_id)) for batch in (first, second)]
+    rows = [split_rows(_widen(batch, width, pad_token_id)) for batch in (first, second)]
     return {
         name: torch.cat([rows[side][name][i] for i, side in enumerate(from_second.long().tolist())]) for name in first
     }
@@ -409,7 +409,7 @@ def _widen(batch: Mapping[str, Tensor], width: int, pad_token_id: int) -> dict[s
     }
 
 
-def _split_rows(batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+def split_rows(batch: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
     """Each tensor cut into what belongs to each row: one entry, one for each image, or one for each image patch."""
     num_rows = len(batch["input_ids"])
     images = batch["num_images"].tolist()

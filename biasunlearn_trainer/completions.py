@@ -82,22 +82,34 @@ def forward_completions(model: nn.Module, batch: dict[str, Any]) -> CompletionOu
     keep = torch.zeros_like(completion_mask)
     keep[:, :-1] = completion_mask[:, 1:]
     targets = batch["input_ids"][:, 1:][completion_mask[:, 1:]]
-    inner = _unwrap(model)
-    if "pixel_values" not in inputs and _needs_pictures(type(inner)):
-        inputs |= _without_pictures(inner)
-    if _takes_logits_to_keep(type(inner)) or _passes_logits_to_keep_on(inner):
-        inputs["logits_to_keep"] = keep
-    logits = model(**inputs, use_cache=False).logits
-    if "logits_to_keep" not in inputs:
-        logits = logits[keep]
+    logits = kept_logits(model, inputs, keep)
     lengths = keep.sum(-1)
     mask = torch.arange(int(lengths.max()), device=keep.device) < lengths[:, None]
     return CompletionOutput(logits, targets, mask, scatter_tokens(token_log_probs(logits, targets), mask))
 
 
+def kept_logits(model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> Tensor:
+    """Run the model once, and its head on some positions alone.
+
+    Args:
+        model: a causal or image-text model, wrapped or not.
+        inputs: what the model takes.
+        keep: (B, T) bool, N of them true.
+
+    Returns:
+        (N, V) logits, sequence by sequence.
+    """
+    inner = unwrap(model)
+    if "pixel_values" not in inputs and _needs_pictures(type(inner)):
+        inputs = inputs | _without_pictures(inner)
+    if _takes_logits_to_keep(type(inner)) or _passes_logits_to_keep_on(inner):
+        return model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    return model(**inputs, use_cache=False).logits[keep]
+
+
 def generating_model(model: nn.Module, batch: dict[str, Any]) -> nn.Module:
     """What generates answers to a batch: the model, or the language model in one that does nothing without pictures."""
-    inner = _unwrap(model)
+    inner = unwrap(model)
     return inner.language_model if "pixel_values" not in batch and _needs_pictures(type(inner)) else model
 
 
@@ -107,7 +119,7 @@ def text_positions(batch: dict[str, Any], image_token_id: int | None) -> Tensor:
     return kept if image_token_id is None else kept & (batch["input_ids"] != image_token_id)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside DDP, DeepSpeed and PEFT wrappers."""
     while hasattr(model, "module"):
         model = model.module

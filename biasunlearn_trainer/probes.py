@@ -32,18 +32,27 @@ class ProbeCallback(TrainerCallback):
         tasks: what `biasunlearn_trainer.eval.tasks.load_task` returns; a `limit` there keeps probes short.
         every: optimizer steps between two probes, at least 1.
         batch_size: rows scored at once on each process.
+        share_prefixes: compute once what rows of a batch begin with.
 
     Raises:
         ValueError: `every` is below 1.
     """
 
-    def __init__(self, trainer: Trainer, tasks: Sequence[Any], every: int = 10, batch_size: int = 64):
+    def __init__(
+        self,
+        trainer: Trainer,
+        tasks: Sequence[Any],
+        every: int = 10,
+        batch_size: int = 64,
+        share_prefixes: bool = True,
+    ):
         if every < 1:
             raise ValueError(f"`every` must be at least 1 step, got {every}. Use 10, or leave the probes out.")
         self.trainer = trainer
         self.tasks = list(tasks)
         self.every = every
         self.batch_size = batch_size
+        self.share_prefixes = share_prefixes
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Measures the model before its first step; a resumed run has that record already."""
@@ -70,7 +79,7 @@ class ProbeCallback(TrainerCallback):
         model = self.trainer.model
         values: dict[str, float] = {}
         with undisturbed(model):
-            scorer = Scorer(model, self.trainer.processing_class, batch_size=self.batch_size)
+            scorer = Scorer(model, self.trainer.processing_class, self.batch_size, share_prefixes=self.share_prefixes)
             for task in self.tasks:
                 result = task.summarise(task.run(scorer))
                 values |= {f"{PROBE}{task.name}/{name}": metric.value for name, metric in result.metrics.items()}
@@ -88,14 +97,16 @@ class StereoSetProbe:
         task: the probe split, a `StereoSetTask`.
         processing_class: the model's tokenizer.
         batch_size: sentences scored at once on each process.
+        share_prefixes: compute once what sentences of a batch begin with.
 
     Raises:
         ValueError: for a task of another kind.
     """
 
-    def __init__(self, task: Any, processing_class: Any, batch_size: int = 64):
+    def __init__(self, task: Any, processing_class: Any, batch_size: int = 64, share_prefixes: bool = True):
         self.check(task)
         self.task, self.processing_class, self.batch_size = task, processing_class, batch_size
+        self.share_prefixes = share_prefixes
 
     @staticmethod
     def check(task: Any) -> None:
@@ -107,4 +118,5 @@ class StereoSetProbe:
 
     def __call__(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Returns `ss`, `lms` (percent, averaged over target terms) and `num_items` by bias type; collective."""
-        return self.task.by_bias_type(self.task.run(Scorer(model, self.processing_class, batch_size=self.batch_size)))
+        scorer = Scorer(model, self.processing_class, self.batch_size, share_prefixes=self.share_prefixes)
+        return self.task.by_bias_type(self.task.run(scorer))

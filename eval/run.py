@@ -38,6 +38,7 @@ def evaluate(
     batch_size: int = 64,
     baseline: Mapping[str, Sequence[Item]] | None = None,
     answers: bool = False,
+    share_prefixes: bool = True,
 ) -> tuple[EvalResult, dict[str, list[Item]]]:
     """Measure a model on tasks.
 
@@ -49,11 +50,12 @@ def evaluate(
         batch_size: rows of one forward pass.
         baseline: records of the model before unlearning, by task.
         answers: also generate answers that the scores do not tell.
+        share_prefixes: compute once what rows of a batch begin with.
 
     Returns:
         The result, and the records of every task.
     """
-    scorer = Scorer(model, processing_class, batch_size=batch_size)
+    scorer = Scorer(model, processing_class, batch_size=batch_size, share_prefixes=share_prefixes)
     items = {key: task.run(scorer, answers=answers) for key, task in tasks.items()}
     before = baseline or {}
     results = {key: task.summarise(items[key], before.get(key)) for key, task in tasks.items()}
@@ -115,6 +117,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, help="results file, .json")
     parser.add_argument("--baseline", help="items.jsonl of the model before unlearning, for localities")
     parser.add_argument("--batch_size", type=int, default=64, help="rows of one forward pass (64)")
+    parser.add_argument(
+        "--share_prefixes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute once what rows of a batch begin with (same scores, on by default)",
+    )
     parser.add_argument("--limit", type=int, help="measure at most this many items a task, for a quick look")
     parser.add_argument("--dtype", help="precision of the weights, for instance bfloat16; by default the checkpoint's")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub model")
@@ -149,6 +157,7 @@ def run(args: argparse.Namespace) -> EvalResult:
         batch_size=args.batch_size,
         baseline=baseline,
         answers=True,
+        share_prefixes=args.share_prefixes,
     )
     if PartialState().is_main_process:
         save_items(items, items_path(args.output))

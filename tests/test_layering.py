@@ -26,6 +26,8 @@ OURS = {
     "sharding": (),
     "untouched": (),
     "completions": ("losses", "completions"),
+    "prefix_packing": (),
+    "shared_prefixes": ("losses", "collators", "completions", "prefix_packing"),
     "fingerprints": ("models", "sharding"),
     "transfer": ("adapters", "models"),
     "converters": ("models",),
@@ -80,7 +82,8 @@ OURS = {
     "eval.runs": ("eval.matched", "eval.schema"),
     "eval.matched_command": ("eval.matched", "eval.runs", "eval.report.tradeoff"),
     "eval.cross_bias": ("eval.schema", "eval.report.cross_bias"),
-    "eval.scoring": ("models", "collators", "completions", "eval.scoring"),
+    "eval.batches": ("fingerprints",),
+    "eval.scoring": ("models", "collators", "completions", "shared_prefixes", "eval.batches", "eval.scoring"),
     "eval.tasks": ("models", "collators", "completions", "eval", "data_builders"),
     "eval.report": (
         "eval.schema",

@@ -16,6 +16,7 @@ TRANSFER_KEYS = (
     "testbed_split",
     "tasks",
     "eval_batch_size",
+    "share_prefixes",
     "oracle_model",
     "case_studies",
     "trust_remote_code",
@@ -147,6 +148,13 @@ class RunConfig:
     eval_batch_size: int = dataclasses.field(
         default=64,
         metadata={"help": "Rows scored at once on each process; 64 tiny rows fit anywhere, lower it for 7B models."},
+    )
+    share_prefixes: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": "Compute once what rows of an evaluation batch begin with, pictures included; scores are the same, "
+            "and models for which they are not are found out and run row by row."
+        },
     )
     keep_records: bool = dataclasses.field(
         default=True,

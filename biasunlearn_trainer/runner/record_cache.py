@@ -89,6 +89,7 @@ class RecordCache:
             "processor": processor_fingerprint(scorer.processing_class),
             "batch": scorer.batch_size,
             "append_eos": scorer.append_eos,
+            "share_prefixes": scorer.share_prefixes,
             "answers": answers,
             "device": str(scorer.model.device.type),
             "attention": getattr(scorer.model.config, "_attn_implementation", None),

@@ -233,7 +233,9 @@ class _Evaluation:
     def measure(self, name: str, model: torch.nn.Module, source: str) -> None:
         """Measures a model as `before`, `after` or `oracle` and writes results.json; every process has to call it."""
         run_config, args = self.recipe.run, self.recipe.training
-        scorer = Scorer(model, self.processing_class, run_config.eval_batch_size, args.append_eos)
+        scorer = Scorer(
+            model, self.processing_class, run_config.eval_batch_size, args.append_eos, run_config.share_prefixes
+        )
         answers = run_config.case_studies > 0
         with explained(self.recipe, "evaluation"):
             if name == "after":
@@ -329,7 +331,9 @@ def build_trainer(
     try:
         steering = {}
         if bias_probe is not None:
-            steering["bias_probe"] = StereoSetProbe(bias_probe, processing_class, run_config.eval_batch_size)
+            steering["bias_probe"] = StereoSetProbe(
+                bias_probe, processing_class, run_config.eval_batch_size, run_config.share_prefixes
+            )
         trainer = recipe.trainer_class(
             model=model,
             args=recipe.training,
@@ -349,7 +353,8 @@ def build_trainer(
     )
     trainer.add_callback(guard)
     if probes:
-        trainer.add_callback(ProbeCallback(trainer, probes, recipe.training.probe_steps, run_config.eval_batch_size))
+        batches = (run_config.eval_batch_size, run_config.share_prefixes)
+        trainer.add_callback(ProbeCallback(trainer, probes, recipe.training.probe_steps, *batches))
     return trainer, guard
 
 

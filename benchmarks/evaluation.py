@@ -1,0 +1,136 @@
+"""How much faster is evaluation than one sentence per forward pass, and how many tokens does it save?
+
+python benchmarks/evaluation.py --data DATA --models STORIES random             # StereoSet, CrowS-Pairs and BBQ
+python benchmarks/evaluation.py --data DATA --models STORIES --limit 200 --tasks bbq --rounds 3
+python benchmarks/evaluation.py --data DATA --models MODEL --device cuda --dtype bfloat16
+
+`DATA` holds the folders stereoset, crows_pairs and bbq. A model is a folder, a Hub id, or `random`: a Llama of 19.4
+million parameters with the first model's tokenizer. The naive way is written here: each sentence tokenised and run by
+itself, without padding, its prompt again for every answer. Both ways score the same items, drawn evenly with --limit,
+and take turns; the times are medians, on a CPU of processor time on one thread, on a GPU of wall time.
+
+`best possible` counts the different beginnings of sentences from which a token has to be predicted: a model that reads
+from left to right must compute each of them once, whatever is shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import biasunlearn_trainer  # noqa: F401  torchvision can be imported from here on, also beside a torch for the CPU
+from biasunlearn_trainer.eval.scoring import Scorer
+from biasunlearn_trainer.eval.tasks import load_task
+from biasunlearn_trainer.models import load_model, load_processor
+
+TASKS = ("stereoset", "crows_pairs", "bbq")
+COLUMNS = (
+    "model | set | items | sentences | naive tokens | forwarded | share | best possible | naive s | ours s | "
+    "times faster | largest difference"
+)
+
+
+def random_llama(vocab_size: int) -> torch.nn.Module:
+    """An untrained Llama: speed does not ask for sense."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=2048, **shape)).eval()
+
+
+def ids_of(tokenizer, row: dict) -> tuple[list[int], int]:
+    """A sentence's tokens, and where the scored ones begin."""
+    prompt = row["prompt"]
+    if not prompt and not tokenizer("")["input_ids"]:
+        prompt = tokenizer.bos_token or tokenizer.eos_token
+    return tokenizer(prompt + row["completion"])["input_ids"], len(tokenizer(prompt)["input_ids"])
+
+
+@torch.no_grad()
+def naive(model: torch.nn.Module, tokenizer, rows: list[dict]) -> list[float]:
+    """log p of each completion in nats, one sentence per forward pass."""
+    scores = []
+    for row in rows:
+        ids, start = ids_of(tokenizer, row)
+        ids = torch.tensor([ids], device=model.device)
+        logps = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        scores.append(float(logps.gather(-1, ids[0, 1:, None])[start - 1 :].sum()))
+    return scores
+
+
+def best_possible(sentences: list[list[int]]) -> int:
+    """How many different beginnings the sentences have, the whole sentences left out."""
+    found, before = 0, []
+    for ids in sorted(ids[:-1] for ids in sentences):
+        same = next((i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before)))
+        found, before = found + len(ids) - same, ids
+    return found
+
+
+def timed(work: Callable[[], list], device: str) -> tuple[float, list]:
+    """Seconds, and what came out."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start, result
+
+
+def measure(model: torch.nn.Module, tokenizer, task, arguments: argparse.Namespace) -> str:
+    """One line of the table."""
+    rows = list(task.rows)
+    ids = [ids_of(tokenizer, row)[0] for row in rows]
+    seconds: dict[str, list[float]] = {"naive": [], "ours": []}
+    for _ in range(arguments.rounds):
+        scorer = Scorer(model, tokenizer, arguments.batch_size)
+        took, scores = timed(lambda scorer=scorer: scorer.score(rows, append_eos=False), arguments.device)
+        seconds["ours"].append(took)
+        took, expected = timed(lambda: naive(model, tokenizer, rows), arguments.device)
+        seconds["naive"].append(took)
+    largest = max(abs(score.logp - logp) for score, logp in zip(scores, expected, strict=True))
+    told = sum(map(len, ids))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    cells = [len(task._items if hasattr(task, "_items") else task._pairs), len(rows), told, scorer.num_tokens]
+    cells += [f"{scorer.num_tokens / told:.2f}", f"{best_possible(ids) / told:.2f}"]
+    cells += [f"{medians['naive']:.1f}", f"{medians['ours']:.1f}", f"{medians['naive'] / medians['ours']:.1f}"]
+    return " | ".join(map(str, [*cells, f"{largest:.0e}"]))
+
+
+def main() -> int:
+    """Runs everything, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--models", required=True, nargs="+")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--limit", type=int, help="items of each set; all by default")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", help="precision of the weights, by default the checkpoint's")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = load_processor(next(name for name in arguments.models if name != "random"))
+    print(f"| {COLUMNS} |\n{'|---' * len(COLUMNS.split('|'))}|", flush=True)
+    for name in arguments.models:
+        if name == "random":
+            model, own = random_llama(len(tokenizer)), tokenizer
+        else:
+            model, own = load_model(name, dtype=arguments.dtype).eval(), load_processor(name)
+        model.to(arguments.device)
+        size = f"{Path(name).name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+        for key in arguments.tasks:
+            task = load_task(f"{key}={arguments.data / key}", limit=arguments.limit)
+            print(f"| {size} | {key} | {measure(model, own, task, arguments)} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
