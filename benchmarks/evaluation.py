@@ -1,13 +1,14 @@
 """How much faster is evaluation than one sentence per forward pass, and how many tokens does it save?
 
 python benchmarks/evaluation.py --data DATA --models STORIES random             # StereoSet, CrowS-Pairs and BBQ
-python benchmarks/evaluation.py --data DATA --models STORIES --limit 200 --tasks bbq --rounds 3
+python benchmarks/evaluation.py --data DATA --models random --tasks bbq=bbq/data/Religion.jsonl.gz --rounds 3
 python benchmarks/evaluation.py --data DATA --models MODEL --device cuda --dtype bfloat16
 
-`DATA` holds the folders stereoset, crows_pairs and bbq. A model is a folder, a Hub id, or `random`: a Llama of 19.4
-million parameters with the first model's tokenizer. The naive way is written here: each sentence tokenised and run by
-itself, without padding, its prompt again for every answer. Both ways score the same items, drawn evenly with --limit,
-and take turns; the times are medians, on a CPU of processor time on one thread, on a GPU of wall time.
+`DATA` holds the folders stereoset, crows_pairs and bbq, and wikitext2 for `random`: an untrained Llama of 23 million
+parameters with a tokenizer of 8,000 words made of WikiText-2. Other models are a folder or a Hub id. The naive way is
+written here: each sentence tokenised and run by itself, without padding, its prompt again for every answer. Both ways
+score the same items, drawn evenly with --limit, and take turns; the times are medians, on a CPU of processor time on
+one thread, on a GPU of wall time.
 
 `best possible` counts the different beginnings of sentences from which a token has to be predicted: a model that reads
 from left to right must compute each of them once, whatever is shared.
@@ -16,33 +17,44 @@ from left to right must compute each of them once, whatever is shared.
 from __future__ import annotations
 
 import argparse
+import gzip
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+import biasunlearn_trainer  # noqa: F401  before transformers: torchvision then goes with a torch for the CPU
 
-import biasunlearn_trainer  # noqa: F401  torchvision can be imported from here on, also beside a torch for the CPU
+# isort: split
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.eval.tasks import load_task
 from biasunlearn_trainer.models import load_model, load_processor
 
 TASKS = ("stereoset", "crows_pairs", "bbq")
+VOCABULARY = 8000
 COLUMNS = (
     "model | set | items | sentences | naive tokens | forwarded | share | best possible | naive s | ours s | "
     "times faster | largest difference"
 )
 
 
-def random_llama(vocab_size: int) -> torch.nn.Module:
-    """An untrained Llama: speed does not ask for sense."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def random_llama(corpus: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+    """An untrained Llama, since speed does not ask for sense, and a byte-level tokenizer with words of usual length."""
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
+    with gzip.open(corpus, "rt", encoding="utf-8") as lines:
+        words.train_from_iterator(lines, trainer)
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     torch.manual_seed(0)
     shape = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=2048, **shape)).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **shape)).eval(), tokenizer
 
 
 def ids_of(tokenizer, row: dict) -> tuple[list[int], int]:
@@ -69,7 +81,9 @@ def best_possible(sentences: list[list[int]]) -> int:
     """How many different beginnings the sentences have, the whole sentences left out."""
     found, before = 0, []
     for ids in sorted(ids[:-1] for ids in sentences):
-        same = next((i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), min(len(ids), len(before))
+        )
         found, before = found + len(ids) - same, ids
     return found
 
@@ -109,7 +123,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--models", required=True, nargs="+")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", metavar="NAME[=PATH]", default=list(TASKS), help="paths within DATA")
     parser.add_argument("--limit", type=int, help="items of each set; all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -117,18 +131,18 @@ def main() -> int:
     parser.add_argument("--dtype", help="precision of the weights, by default the checkpoint's")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = load_processor(next(name for name in arguments.models if name != "random"))
     print(f"| {COLUMNS} |\n{'|---' * len(COLUMNS.split('|'))}|", flush=True)
     for name in arguments.models:
         if name == "random":
-            model, own = random_llama(len(tokenizer)), tokenizer
+            model, tokenizer = random_llama(arguments.data / "wikitext2" / "valid.txt.gz")
         else:
-            model, own = load_model(name, dtype=arguments.dtype).eval(), load_processor(name)
+            model, tokenizer = load_model(name, dtype=arguments.dtype).eval(), load_processor(name)
         model.to(arguments.device)
         size = f"{Path(name).name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
-        for key in arguments.tasks:
-            task = load_task(f"{key}={arguments.data / key}", limit=arguments.limit)
-            print(f"| {size} | {key} | {measure(model, own, task, arguments)} |", flush=True)
+        for spec in arguments.tasks:
+            key, _, path = spec.partition("=")
+            task = load_task(f"{key}={arguments.data / (path or key)}", limit=arguments.limit)
+            print(f"| {size} | {path or key} | {measure(model, tokenizer, task, arguments)} |", flush=True)
     return 0
 
 

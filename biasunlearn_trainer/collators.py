@@ -203,9 +203,9 @@ class CompletionCollator:
             return self._encode_in_place(texts, images, options)
         if any(images):
             return dict(self.processing_class(text=texts, images=images, **options))
-        # An empty list comes back as a float tensor, hence the casts.
-        encoded = self.tokenizer(texts, **options)
-        return {name: encoded[name].long() for name in ("input_ids", "attention_mask")}
+        # Made into tensors here: the tokenizer's own way looks at every number in Python, and makes floats of none.
+        encoded = self.tokenizer(texts, **{**options, "return_tensors": None})
+        return {name: torch.tensor(encoded[name], dtype=torch.long) for name in ("input_ids", "attention_mask")}
 
     def _encode_prompts(
         self, texts: list[str], batch: dict[str, Tensor], images: list[list], templated: bool

@@ -80,6 +80,7 @@ def forward_shared(
         _position_ids(inner, batch),
         batch["input_ids"] == (-1 if image_token_id is None or parts is None else image_token_id),
         _picture_numbers(parts, pictured) if parts else [0] * len(batch["input_ids"]),
+        inner.config.get_text_config().hidden_size,
         one_row,
     )
     inputs = {name: value for name, value in packed.inputs.items() if name not in NON_MODEL_KEYS}
@@ -99,7 +100,7 @@ def forward_shared(
 
 
 def cannot_share(model: nn.Module) -> str | None:
-    """Why a model cannot be run so, as far as its class and configuration tell; None where they do not speak against."""
+    """Why a model cannot be run so, as far as class and configuration tell; None where nothing speaks against it."""
     inner = unwrap(model)
     config = inner.config.get_text_config()
     if config.is_encoder_decoder or inner.config.is_encoder_decoder:
@@ -162,8 +163,6 @@ def _picture_numbers(parts: Mapping[str, tuple[Tensor, ...]], pictured: set[str]
 
 
 def _mask_of(model: nn.Module, packed: PackedBatch) -> Tensor:
-    """(R, 1, W, W) in the form that the model's attention takes: what may be seen, or what is added to the scores."""
+    """(R, 1, W, W), what is added to attention's scores; from a boolean mask every layer would make one anew."""
     visible = packed.visible[:, None]
-    if model.config.get_text_config()._attn_implementation == "sdpa":
-        return visible
     return torch.zeros(visible.shape, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)

@@ -20,7 +20,9 @@ def packed(sequences, starts, is_picture=None, pictures=None, one_row=False):
     batch = batch_of(sequences, starts)
     positions = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     none = torch.zeros_like(batch["completion_mask"])
-    return pack(batch, positions, none if is_picture is None else is_picture, pictures or [0] * len(sequences), one_row)
+    return pack(
+        batch, positions, none if is_picture is None else is_picture, pictures or [0] * len(sequences), one_row=one_row
+    )
 
 
 def test_two_answers_by_hand():
