@@ -40,7 +40,8 @@ def test_the_list_of_packages_is_the_folders(setup_cfg):
 
 
 def test_extras_and_constraints(setup_cfg):
-    assert {"test", "dev", "vision", "deepspeed", "qlora", "generate", "eval"} <= set(setup_cfg["options.extras_require"])
+    extras = {"test", "dev", "vision", "deepspeed", "qlora", "generate", "eval"}
+    assert extras <= set(setup_cfg["options.extras_require"])
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text().lower(), re.M))
     assert pinned["torch"] == "2.13.0" and pinned["torchvision"] == "0.28.0"
     needed = [re.split(r"[>=\[ ]", line)[0] for line in setup_cfg["options"]["install_requires"].split("\n") if line]

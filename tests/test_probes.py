@@ -9,8 +9,8 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from biasunlearn_trainer.eval.schema import MetricValue, TaskResult
-from biasunlearn_trainer.models import load_model, load_processor
 from biasunlearn_trainer.guards import CollapseGuard
+from biasunlearn_trainer.models import load_model, load_processor
 from biasunlearn_trainer.probes import ProbeCallback, undisturbed
 from biasunlearn_trainer.trainers.ga_diff import GADiffConfig, GADiffTrainer
 
