@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,7 +122,7 @@ def test_a_transfer_leaves_behind_what_a_run_leaves(finished, sibling, adapter):
     assert set(results) == {"before", "oracle", "after"}
     assert (results["before"].model, results["after"].model) == (str(sibling), str(finished))
     title = (finished / "report.md").read_text().splitlines()[0]
-    assert title == f"# Weight transfer, no training: {adapter} on {sibling}"
+    assert title == f"# Weight transfer, no training: {Path(adapter).name} on {Path(sibling).name}"
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["model"]["source"] == str(sibling) and environment["data"] == {}
     assert environment["adapter"]["source"] == str(adapter)
