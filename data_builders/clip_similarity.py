@@ -4,6 +4,7 @@ import logging
 
 import PIL.Image
 
+from biasunlearn_trainer.data_builders.loading import one_at_a_time
 from biasunlearn_trainer.data_builders.stages import StageError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ class ClipSimilarity:
     def __init__(self, model: str, device: str):
         self._name, self._device, self._model = model, device, None
 
+    @one_at_a_time
     def _load(self) -> None:
         from transformers import AutoModel, AutoProcessor
 

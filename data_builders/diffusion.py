@@ -18,6 +18,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from biasunlearn_trainer.data_builders.images import nearest_files
+from biasunlearn_trainer.data_builders.loading import one_at_a_time
 from biasunlearn_trainer.data_builders.stages import StageError
 from biasunlearn_trainer.data_builders.store import digest
 
@@ -117,6 +118,7 @@ class Diffusion:
         self._dtype, self._device, self._wants_checker, self._size = dtype, device, safety_checker, size
         self._call, self._pipe = {key: value for key, value in (call or {}).items() if value is not None}, None
 
+    @one_at_a_time
     def load(self) -> None:
         """Loads the pipeline, once.
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from biasunlearn_trainer.data_builders.loading import one_at_a_time
 from biasunlearn_trainer.data_builders.stages import StageError
 
 NO_KEY = "none"
@@ -181,6 +182,7 @@ class LocalModel:
         self._name, self._device, self._max_tokens = model, device, max_tokens
         self._model = self._tokenizer = None
 
+    @one_at_a_time
     def _load(self) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from biasunlearn_trainer.data_builders.loading import one_at_a_time
+
 PRONOUNS = ("subject", "object", "determiner", "possessive", "reflexive")
 MAX_LENGTH_RATIO = 3.0
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
@@ -133,6 +135,7 @@ class MeaningCheck:
         ImportError: sentence-transformers is not installed.
     """
 
+    @one_at_a_time
     def __init__(self, model: str, min_similarity: float):
         try:
             from sentence_transformers import SentenceTransformer
