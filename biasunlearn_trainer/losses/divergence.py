@@ -1,16 +1,23 @@
 """How far the policy's next-token distribution moved from the reference's."""
 
+from collections.abc import Callable
 from difflib import get_close_matches
 
 import torch
 
 from biasunlearn_trainer.losses.checks import check_same_shape
+from biasunlearn_trainer.losses.fused import TokenKL
 from biasunlearn_trainer.losses.log_probs import sequence_mean, upcast
 
 DIRECTIONS = ("forward", "reverse")
 
 
-def token_kl(policy_logits: torch.Tensor, reference_logits: torch.Tensor, direction: str = "forward") -> torch.Tensor:
+def token_kl(
+    policy_logits: torch.Tensor,
+    reference_logits: torch.Tensor | Callable[[slice], torch.Tensor],
+    direction: str = "forward",
+    fused: bool = True,
+) -> torch.Tensor:
     """Return the KL divergence over the vocabulary at every position, in log space on both sides.
 
     Forward is KL(ref || theta) = sum_v ref (log ref - log theta): theta must cover all that the reference says.
@@ -18,8 +25,11 @@ def token_kl(policy_logits: torch.Tensor, reference_logits: torch.Tensor, direct
 
     Args:
         policy_logits: (..., V), any floating type.
-        reference_logits: (..., V), of the model before unlearning; it gets no gradient.
+        reference_logits: (..., V), of the model before unlearning; it gets no gradient. Or, beside (N, V) of the
+            policy, a function that returns those of a slice of the N positions, which are never there all at once then.
         direction: "forward" or "reverse".
+        fused: go through the positions in chunks; False leaves the formula to autograd, with the same numbers in more
+            memory.
 
     Returns:
         (...), nats, at least 0 up to rounding.
@@ -33,8 +43,16 @@ def token_kl(policy_logits: torch.Tensor, reference_logits: torch.Tensor, direct
         >>> token_kl(torch.tensor([[0.0, 0.0]]), torch.tensor([[9.0, 9.0]]))  # the same distribution
         tensor([0.])
     """
-    check_same_shape(policy_logits=policy_logits, reference_logits=reference_logits)
     _check_direction(direction)
+    if callable(reference_logits) and not fused:
+        reference_logits = reference_logits(slice(None))
+    if not callable(reference_logits):
+        check_same_shape(policy_logits=policy_logits, reference_logits=reference_logits)
+    if fused:
+        *shape, width = policy_logits.shape
+        if not callable(reference_logits):
+            reference_logits = reference_logits.detach().reshape(-1, width).__getitem__
+        return TokenKL.apply(policy_logits.reshape(-1, width), reference_logits, direction == "forward").view(shape)
     policy = upcast(policy_logits).log_softmax(-1)
     reference = upcast(reference_logits.detach()).log_softmax(-1)
     first, second = (reference, policy) if direction == "forward" else (policy, reference)

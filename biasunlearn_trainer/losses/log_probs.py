@@ -7,6 +7,7 @@ input is.
 import torch
 
 from biasunlearn_trainer.losses.checks import check_same_shape
+from biasunlearn_trainer.losses.fused import TokenLogProbs
 
 
 def upcast(values: torch.Tensor) -> torch.Tensor:
@@ -14,15 +15,17 @@ def upcast(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_log_probs(logits: torch.Tensor, targets: torch.Tensor, fused: bool = True) -> torch.Tensor:
     """Return log pi(y_t | x, y_<t) = logit[y_t] - logsumexp(logits) for every target token.
 
     Logits and targets are already aligned: `logits[..., t, :]` predicts `targets[..., t]`; nothing is shifted here.
-    Beside the upcast of half-precision logits no copy of the (..., V) tensor is kept for the backward pass.
+    No copy of the (..., V) tensor is kept for the backward pass.
 
     Args:
         logits: (..., V), any floating type.
         targets: (...), integer ids in [0, V); a position that a mask drops later still needs a valid id, so no -100.
+        fused: go through the positions in chunks; False leaves the formula to autograd, with the same numbers in more
+            memory.
 
     Returns:
         (...), nats, at most 0.
@@ -35,6 +38,8 @@ def token_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
         tensor([-1.3863])
     """
     check_same_shape(**{"logits[..., 0]": logits[..., 0], "targets": targets})
+    if fused:
+        return TokenLogProbs.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)).view(targets.shape)
     # Both terms come from the upcast: their gradients (softmax and minus one-hot) cancel for a confident token, and in
     # bfloat16 1 - 0.999 is 0.
     logits = upcast(logits)

@@ -61,8 +61,9 @@ def test_bfloat16_gradient_of_a_confident_token_is_not_rounded_away():
     assert logits.grad[0, 0].item() == pytest.approx(1 / (1 + math.exp(8)), rel=1 / 128)
 
 
-@pytest.mark.parametrize(("dtype", "num_copies"), [(torch.float32, 0), (torch.float64, 0), (torch.bfloat16, 1)])
-def test_token_log_probs_keep_at_most_the_upcast_for_the_backward_pass(dtype, num_copies):
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_token_log_probs_keep_at_most_the_upcast_for_the_backward_pass(dtype, fused):
     logits = torch.randn(8, 1000).to(dtype).requires_grad_()
     kept = {}
 
@@ -72,9 +73,9 @@ def test_token_log_probs_keep_at_most_the_upcast_for_the_backward_pass(dtype, nu
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        token_log_probs(logits, torch.arange(8))
+        token_log_probs(logits, torch.arange(8), fused)
     kept.pop(logits.untyped_storage().data_ptr(), None)
-    assert len(kept) == num_copies
+    assert len(kept) == (0 if fused else int(dtype == torch.bfloat16))
 
 
 def test_token_log_probs_refuse_misaligned_shapes():

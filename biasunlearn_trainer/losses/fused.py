@@ -1,0 +1,88 @@
+"""Log-probabilities and divergences whose intermediate values are never whole: a few positions at a time.
+
+Over N positions and V words autograd keeps three to six (N, V) tensors in at least float32 for such a loss. Here the
+forward pass goes through the positions in chunks, and what the backward pass needs is a single (N, V) tensor in the
+logits' own type. Values and gradients are those of the plain formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# Elements of a chunk: 16 MiB in float32, 131 positions of 32,000 words.
+CHUNK = 1 << 22
+
+
+def chunks(num_positions: int, num_words: int) -> Iterator[slice]:
+    """The positions in pieces of about `CHUNK` logits."""
+    step = max(1, CHUNK // max(1, num_words))
+    for start in range(0, num_positions, step):
+        yield slice(start, start + step)
+
+
+def _upcast(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """log pi(y_t) = logit[y_t] - logsumexp(logits); the logits' gradient is one-hot(y_t) - softmax."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
+        """`logits` (N, V), `targets` (N,); returns (N,) in at least float32."""
+        picked = _upcast(logits.gather(-1, targets[:, None]).squeeze(-1))
+        normaliser = torch.empty_like(picked)
+        for rows in chunks(*logits.shape):
+            normaliser[rows] = _upcast(logits[rows]).logsumexp(-1)
+        ctx.save_for_backward(logits, targets, normaliser)
+        return picked - normaliser
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        """Softmax and one-hot cancel for a confident token, so they are taken apart before they are rounded."""
+        logits, targets, normaliser = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for rows in chunks(*logits.shape):
+            weight = grad[rows, None]
+            part = (_upcast(logits[rows]) - normaliser[rows, None]).exp_().mul_(-weight)
+            found[rows] = part.scatter_add_(-1, targets[rows, None], weight)
+        return found, None
+
+
+class TokenKL(torch.autograd.Function):
+    """KL(ref || theta), or KL(theta || ref), with its gradient found on the way.
+
+    The gradient to theta's logits is theta - ref, or theta (log theta - log ref - KL). A position's KL is one number:
+    its gradient is kept ready and multiplied by what comes down to it, and the reference's logits are needed only once.
+    """
+
+    @staticmethod
+    def forward(ctx, policy: Tensor, reference: Callable[[slice], Tensor], is_forward: bool) -> Tensor:
+        """`policy` (N, V) logits, `reference` the logits of a slice of positions; returns (N,) in at least float32."""
+        keeps = ctx.needs_input_grad[0]
+        values = policy.new_empty(len(policy), dtype=torch.promote_types(policy.dtype, torch.float32))
+        gradient = torch.empty_like(policy) if keeps else None
+        for rows in chunks(*policy.shape):
+            own, other = (_upcast(part).log_softmax(-1) for part in (policy[rows], reference(rows)))
+            first, second = (other, own) if is_forward else (own, other)
+            weight = first.exp()
+            gap = (first - second).masked_fill_(weight == 0, 0.0)
+            values[rows] = (weight * gap).sum(-1)
+            if keeps and is_forward:
+                gradient[rows] = own.exp_().sub_(weight)
+            elif keeps:
+                gradient[rows] = gap.sub_(values[rows, None]).mul_(weight)
+        if keeps:
+            ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        """What comes down to a position's KL, times the gradient that was kept."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None].to(gradient.dtype), None, None
