@@ -47,6 +47,10 @@ class CompletionOutput:
         """(B,) number of completion tokens, float32."""
         return self.mask.sum(-1).to(self.token_logps.dtype)
 
+    def logits_at(self, places: slice) -> Tensor:
+        """(n, V) logits of some of the N positions."""
+        return self.logits[places]
+
     def scatter(self, values: Tensor) -> Tensor:
         """Lay (N,) per-token values out as (B, K), with zeros off the mask."""
         return scatter_tokens(values, self.mask)
@@ -65,27 +69,38 @@ def scatter_tokens(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def forward_completions(model: nn.Module, batch: dict[str, Any]) -> CompletionOutput:
+def forward_completions(model: nn.Module, batch: dict[str, Any], fused: bool = True) -> CompletionOutput:
     """Run the model once and keep the completion positions.
 
     Args:
         model: a causal or image-text model, wrapped (PEFT, DDP, DeepSpeed) or not.
         batch: what `CompletionCollator` returns: (B, T) `input_ids`, `attention_mask`, `completion_mask`, and any
             further input of the model.
+        fused: how log-probabilities are taken, see `token_log_probs`.
 
     Returns:
         The completion tokens' logits and log-probabilities.
     """
-    completion_mask = batch["completion_mask"].bool()
     inputs = {key: value for key, value in batch.items() if key not in NON_MODEL_KEYS}
-    # Position t predicts token t + 1. This is the one place where labels are shifted.
+    keep = predicting_positions(batch["completion_mask"].bool())
+    targets, mask = completion_tokens(batch)
+    logits = kept_logits(model, inputs, keep)
+    return CompletionOutput(logits, targets, mask, scatter_tokens(token_log_probs(logits, targets, fused), mask))
+
+
+def predicting_positions(completion_mask: Tensor) -> Tensor:
+    """(B, T) bool: position t predicts token t + 1. This is the one place where labels are shifted."""
     keep = torch.zeros_like(completion_mask)
     keep[:, :-1] = completion_mask[:, 1:]
-    targets = batch["input_ids"][:, 1:][completion_mask[:, 1:]]
-    logits = kept_logits(model, inputs, keep)
-    lengths = keep.sum(-1)
-    mask = torch.arange(int(lengths.max()), device=keep.device) < lengths[:, None]
-    return CompletionOutput(logits, targets, mask, scatter_tokens(token_log_probs(logits, targets), mask))
+    return keep
+
+
+def completion_tokens(batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The (N,) completion tokens' ids, sequence by sequence, and the (B, K) mask of their padded form."""
+    completion_mask = batch["completion_mask"].bool()[:, 1:]
+    lengths = completion_mask.sum(-1)
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    return batch["input_ids"][:, 1:][completion_mask], mask
 
 
 def kept_logits(model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> Tensor:

@@ -212,8 +212,7 @@ _SAVERS = {
     "dtype": (("loading", "training", "evaluation"), "dtype: {dtype}: bfloat16 takes half of float32."),
     "reference": (
         ("training",),
-        "reference: {reference}: precomputed (or adapter, with LoRA) needs no second model beside the trained one; "
-        "for a KL only adapter does.",
+        "reference: {reference}: precomputed (or adapter, with LoRA) needs no second model beside the trained one.",
     ),
     "processes": (
         ("training",),

@@ -254,8 +254,16 @@ def _rows_words(recipe: Recipe, batch: dict[str, Any], with_data: bool) -> str:
 
 
 def _reference_words(trainer: Any) -> str:
-    modes = {stream: trainer.reference_mode(stream) for stream in trainer.reference}
-    words = {"adapter": "adapter switched off", "precomputed": "a number a row", "model": "second model"}
+    modes = {
+        stream: "states" if hasattr(reference, "head") else trainer.reference_mode(stream)
+        for stream, reference in trainer.reference.items()
+    }
+    words = {
+        "adapter": "adapter switched off",
+        "precomputed": "a number a row",
+        "states": "hidden states on disk and a frozen head",
+        "model": "second model",
+    }
     return ", ".join(f"{stream}: {words[mode]}" for stream, mode in modes.items()) or "none"
 
 

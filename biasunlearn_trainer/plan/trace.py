@@ -163,7 +163,10 @@ def _blocks(model: nn.Module) -> list[int]:
 
 def _reference_models(trainer: Any) -> list[Tensor]:
     models = {id(part.model): part.model for part in trainer.reference.values() if hasattr(part, "model")}
-    return [value for model in models.values() for value in (*model.parameters(), *model.buffers())]
+    tensors = [value for model in models.values() for value in (*model.parameters(), *model.buffers())]
+    own = {id(value) for value in trainer.model.parameters()}
+    heads = {id(part.head): part.head for part in trainer.reference.values() if hasattr(part, "head")}
+    return tensors + [value for head in heads.values() for value in head.parameters() if id(value) not in own]
 
 
 def _tables(trainer: Any) -> list[Tensor]:

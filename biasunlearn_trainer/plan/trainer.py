@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from trl import get_peft_config
 
+from biasunlearn_trainer.completions import completion_tokens
 from biasunlearn_trainer.plan.batch import image_token
 from biasunlearn_trainer.plan.model import empty_model, reference_config
 from biasunlearn_trainer.plan.shadow import Shadow
 from biasunlearn_trainer.recipe import Recipe
+from biasunlearn_trainer.reference_states import StatesOutput, StatesReference, frozen_head
 from biasunlearn_trainer.saliency import SaliencyMask
 
 
@@ -37,11 +39,33 @@ class UnknownMask:
         return self.shadow.empty(*self.shapes[name], dtype=torch.bool)
 
 
+class _UnknownStates(StatesReference):
+    """Stands for hidden states that lie on disk; those of a batch are read at every step."""
+
+    def __init__(self, shadow: Shadow, head: nn.Module, dtype: torch.dtype):
+        super().__init__(None, head, dtype)
+        self.shadow = shadow
+
+    def logps(self, index: Tensor) -> Tensor:
+        return self.shadow.empty(len(index), dtype=torch.float32)
+
+    def output(self, model: nn.Module, batch: dict[str, Tensor]) -> StatesOutput:
+        targets, mask = completion_tokens(batch)
+        states = self.shadow.empty(len(targets), self.head.weight.shape[-1], dtype=self.dtype)
+        return StatesOutput(states, self.head, targets, mask)
+
+
 class _Tables:
-    """Stands for the tables of a precomputed reference: one number a row."""
+    """Stands for what is kept of a precomputed reference: one number a row, or hidden states on disk."""
+
+    def __init__(self, shadow: Shadow, model: nn.Module):
+        self.shadow, self.model = shadow, model
 
     def table(self, stream: str, rows: Sequence[Any]) -> Tensor:
         return torch.tensor([0] * len(rows)).float()
+
+    def states(self, stream: str, rows: Sequence[Any], positions: str, dtype: torch.dtype | None) -> StatesReference:
+        return _UnknownStates(self.shadow, frozen_head(self.model), self.model.dtype)
 
 
 class _Planned:
@@ -60,7 +84,7 @@ class _Planned:
         return empty_model(self.shadow, reference_config(self.recipe), self.model.dtype, self.recipe)
 
     def _reference_builder(self, model: nn.Module) -> _Tables:
-        return _Tables()
+        return _Tables(self.shadow, model)
 
     def _made_mask(self) -> SaliencyMask | UnknownMask:
         if isinstance(self._given_mask, SaliencyMask):

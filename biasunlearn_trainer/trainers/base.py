@@ -32,6 +32,7 @@ from biasunlearn_trainer.models import (
     lora_targets,
 )
 from biasunlearn_trainer.reference import PrecomputedReference
+from biasunlearn_trainer.reference_states import StatesOutput, StatesReference
 from biasunlearn_trainer.saliency import SaliencyMask
 from biasunlearn_trainer.sharding import ForgetGradients, is_sharded, running
 from biasunlearn_trainer.streams import DrawSampler, PairedStreams, dealt_batches
@@ -65,14 +66,15 @@ class SequenceLogps:
         positions: `completion` or `all_text`, the positions that were kept.
         output: the policy's completion tokens (`mask`, `token_logps`, `logits`).
         reference: (B,) log pi_ref(y | x) in nats; None where the method needs none.
-        reference_output: the reference's completion tokens, where whole distributions are needed.
+        reference_output: the reference's completion tokens, where whole distributions are needed and these are the
+            positions at which they are compared.
     """
 
     stream: str
     positions: str
     output: CompletionOutput
     reference: Tensor | None = None
-    reference_output: CompletionOutput | None = None
+    reference_output: CompletionOutput | StatesOutput | None = None
 
     @property
     def policy(self) -> Tensor:
@@ -282,13 +284,18 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         if positions == "all_text":
             inputs = {**inputs, "completion_mask": text_positions(inputs, self.collator.image_token_id)}
         with self.masked(stream):
-            result = SequenceLogps(stream, positions, forward_completions(model, inputs))
+            result = SequenceLogps(stream, positions, forward_completions(model, inputs, self.args.fused_losses))
         self.record(f"logps/{stream}", result.policy)
         if stream not in self.references(self.args):
             return result
         reference = self.reference[stream]
         if isinstance(reference, PrecomputedReference):
             result.reference = reference.logps(inputs["index"])
+        elif self.references(self.args)[stream] == "logits" and positions != self.reference_positions(stream):
+            return result  # the method runs this stream once more, where it compares
+        elif isinstance(reference, StatesReference):
+            result.reference = reference.logps(inputs["index"])
+            result.reference_output = reference.output(model, inputs)
         else:
             result.reference_output = reference.output(model, inputs)
             result.reference = result.reference_output.logps
@@ -300,7 +307,13 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
 
     def kl(self, result: SequenceLogps) -> Tensor:
         """(B,) Kullback-Leibler divergence between reference and policy per kept position, in nats."""
-        values = token_kl(result.output.logits, result.reference_output.logits, self.args.kl_direction)
+        return self.divergence(result, result.reference_output, self.args.kl_direction)
+
+    def divergence(
+        self, result: SequenceLogps, reference: CompletionOutput | StatesOutput, direction: str = "forward"
+    ) -> Tensor:
+        """(B,) Kullback-Leibler divergence between a given reference and the policy, as `kl`."""
+        values = token_kl(result.output.logits, reference.logits_at, direction, self.args.fused_losses)
         return self.token_average(result.output.scatter(values), result)
 
     def token_average(self, values: Tensor, result: SequenceLogps) -> Tensor:

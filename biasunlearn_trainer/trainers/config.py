@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from biasunlearn_trainer.reference import MODES
+from biasunlearn_trainer.reference_states import STATES_DTYPES
 from biasunlearn_trainer.saliency import FISHERS, SCOPES, SaliencySettings
 
 REDUCTIONS = ("sequence_mean", "token_mean")
@@ -55,6 +56,13 @@ class UnlearnConfig(TrainingArguments):
             "choices": list(REDUCTIONS),
         },
     )
+    fused_losses: bool = field(
+        default=True,
+        metadata={
+            "help": "Take log-probabilities and divergences a few positions at a time, with one tensor of the logits' "
+            "size for the backward pass; false leaves it to autograd, with the same numbers in three to six of them."
+        },
+    )
     trainable_groups: list[str] | None = field(
         default=None,
         metadata={
@@ -73,10 +81,18 @@ class UnlearnConfig(TrainingArguments):
         default="auto",
         metadata={
             "help": "Where the reference policy comes from: `adapter` (PEFT adapter switched off), `precomputed` (one "
-            "number per row, computed once, kept on disk), `model` (a second model), or `auto` (adapter if there is "
-            "one, else precomputed). A KL needs whole distributions: for it, `precomputed` means the adapter "
-            "switched off, or else a second model.",
+            "number per row, computed once, kept on disk; for a KL the hidden states before the output head), `model` "
+            "(a second model), or `auto` (adapter if there is one, else precomputed; for a KL a second model if the "
+            "run is too short to come by every row).",
             "choices": list(MODES),
+        },
+    )
+    reference_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a KL's precomputed hidden states are kept: `bfloat16` or `float16` halve the file of a "
+            "float32 model. None: in the model's own type, exact.",
+            "choices": [*STATES_DTYPES],
         },
     )
     reference_model_name_or_path: str | None = field(
@@ -171,6 +187,8 @@ class UnlearnConfig(TrainingArguments):
     def __post_init__(self):
         check_choice("reduction", self.reduction, REDUCTIONS)
         check_choice("reference", self.reference, MODES)
+        if self.reference_dtype is not None:
+            check_choice("reference_dtype", self.reference_dtype, tuple(STATES_DTYPES))
         check_choice("mask_scope", self.mask_scope, SCOPES)
         self.saliency_settings()
         if isinstance(self.module_groups, str):

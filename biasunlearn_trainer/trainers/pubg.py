@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from biasunlearn_trainer.completions import CompletionOutput
-from biasunlearn_trainer.losses import token_kl
+from biasunlearn_trainer.reference_states import StatesOutput
 from biasunlearn_trainer.streams import align
 from biasunlearn_trainer.trainers.base import RetainChoiceConfig, Rows, UnlearnConfig, UnlearnTrainer
 
@@ -119,6 +119,10 @@ class PUBGTrainer(UnlearnTrainer):
         if "guided" in self.train_dataset.streams or len(self.references(self.args)) > 1:
             super().prepare_reference()
 
+    def reference_positions(self, stream: str) -> str:
+        """The reference answers' own tokens; elsewhere as the settings say."""
+        return "completion" if stream == "guided" else super().reference_positions(stream)
+
     def forget_terms(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         """(B,) `loss/forget`, the ascent, and `kl/guidance`."""
         ascent = -self.nll(self.forward(model, batch, "forget"))
@@ -134,8 +138,7 @@ class PUBGTrainer(UnlearnTrainer):
         # All rows go through, so that a batch without such rows makes the same collectives as one with them.
         reference = self.reference["guided"].output(model, batch["guided"])
         _check_same_answers(result.output, reference, batch["guidance"]["index"].tolist(), self.args.max_length)
-        kl = self.token_average(result.output.scatter(token_kl(result.output.logits, reference.logits)), result)
-        return torch.where(is_asked, kl, nll)
+        return torch.where(is_asked, self.divergence(result, reference), nll)
 
 
 def with_guidance(forget: Rows, guidance: Rows) -> Rows:
@@ -201,7 +204,7 @@ def _column(rows: Rows, name: str) -> list[Any]:
 
 
 def _check_same_answers(
-    policy: CompletionOutput, reference: CompletionOutput, numbers: list[int], max_length: int | None
+    policy: CompletionOutput, reference: CompletionOutput | StatesOutput, numbers: list[int], max_length: int | None
 ) -> None:
     """The KL compares position by position, so both prompts must be followed by the same tokens."""
     if torch.equal(policy.targets, reference.targets) and torch.equal(policy.mask, reference.mask):

@@ -16,7 +16,8 @@ from biasunlearn_trainer.reference import (
     PrecomputedReference,
     ReferenceBuilder,
 )
-from biasunlearn_trainer.sharding import is_fsdp, whole_weights
+from biasunlearn_trainer.reference_states import STATES_DTYPES, StatesReference, StatesUnavailable
+from biasunlearn_trainer.sharding import is_fsdp, is_sharded, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,14 @@ class ReferencePolicy:
         reference: by stream, the reference policy; empty until `prepare_reference`.
     """
 
-    reference: dict[str, AdapterReference | ModelReference | PrecomputedReference]
+    reference: dict[str, AdapterReference | ModelReference | PrecomputedReference | StatesReference]
 
     def _begin_reference(self, reference_model: str | PreTrainedModel | None) -> None:
         """Check the choice while the model is as it was given."""
         self._reference_model = reference_model
         self._has_fresh_adapter = self._finds_fresh_adapter()
         self.reference = {}
+        self._without_states: set[str] = set()
         self._check_reference()
 
     @property
@@ -45,12 +47,28 @@ class ReferencePolicy:
     def reference_mode(self, stream: str) -> str:
         """`adapter`, `precomputed` or `model`: what `args.reference` comes to on a stream."""
         has_own_adapter = self._has_fresh_adapter and not self.has_reference_model
+        is_whole = self.references(self.args)[stream] == "logits"
         mode = self.args.reference
         if mode == "auto":
             mode = "adapter" if has_own_adapter else "precomputed"
-        if mode == "precomputed" and self.references(self.args)[stream] == "logits":
-            return "adapter" if has_own_adapter else "model"  # whole distributions are not kept
+            if mode == "precomputed" and is_whole and not self._reads_every_row(stream):
+                mode = "model"
+        if mode == "precomputed" and is_whole and (is_sharded() or stream in self._without_states):
+            return "adapter" if has_own_adapter else "model"
         return mode
+
+    def reference_positions(self, stream: str) -> str:
+        """Where a stream's whole distributions are compared: `completion` or `all_text`."""
+        return getattr(self.args, "kl_positions", "completion")
+
+    def _reads_every_row(self, stream: str) -> bool:
+        """Whether the run is long enough to come by each of a stream's rows.
+
+        One that is not would run more of them through the reference beforehand than a second model does on the way.
+        """
+        args, sets = self.args, self.train_dataset
+        draws = args.max_steps * sets.rows_per_step if args.max_steps > 0 else args.num_train_epochs * len(sets)
+        return draws * sets.rows_per_draw[stream] >= len(sets.streams[stream].rows)
 
     def _check_reference(self) -> None:
         other = self.has_reference_model
@@ -68,10 +86,14 @@ class ReferencePolicy:
             logger.warning(
                 "The model's adapter is trained already; reference='adapter' compares with the base below it."
             )
-        if self.args.reference == "precomputed" and "logps" not in needs.values():
+        if self.args.reference == "precomputed" and "logits" in needs.values() and is_sharded():
+            logger.warning("Hidden states are not kept under ZeRO-3 and FSDP: a KL's reference is run at every step.")
+        if self.args.reference_dtype is not None and (
+            "logits" not in needs.values() or self.args.reference not in ("auto", "precomputed")
+        ):
             raise ValueError(
-                "reference='precomputed' keeps one number per row, but a KL needs the reference's whole distribution. "
-                "Use 'adapter' (with LoRA) or 'model'."
+                "`reference_dtype` is that of the hidden states that a KL's precomputed reference is kept as; here "
+                "there are none. Leave it out, or set reference to 'precomputed'."
             )
 
     def prepare_reference(self) -> None:
@@ -86,19 +108,34 @@ class ReferencePolicy:
         if other is None and is_fsdp() and {"precomputed", "model"} & set(modes.values()):
             other = self._policy_loaded_whole()
         made: dict[str, Any] = {}
-        if "adapter" in modes.values():
-            made["adapter"] = AdapterReference()
-        if any(mode == "precomputed" and stream not in kept for stream, mode in modes.items()):
+        precomputed = [stream for stream, mode in modes.items() if mode == "precomputed" and stream not in kept]
+        if precomputed:
             builder = self._reference_builder(other if other is not None else self.model)
-        if "model" in modes.values():
-            made["model"] = ModelReference(other) if other is not None else ModelReference.of(self.model)
-        self.reference = kept | {
-            stream: PrecomputedReference(builder.table(stream, self.reference_rows(stream)))
-            if mode == "precomputed"
-            else made[mode]
-            for stream, mode in modes.items()
-            if stream not in kept
-        }
+            made = {stream: self._precomputed(builder, stream) for stream in precomputed}
+        models: dict[str, AdapterReference | ModelReference] = {}
+        for stream in modes.keys() - kept.keys():
+            if made.get(stream) is None:
+                mode = self.reference_mode(stream)
+                if mode not in models:
+                    models[mode] = AdapterReference() if mode == "adapter" else self._second_model(other)
+                made[stream] = models[mode]
+        self.reference = {stream: (kept | made)[stream] for stream in modes}
+
+    def _precomputed(self, builder: ReferenceBuilder, stream: str) -> PrecomputedReference | StatesReference | None:
+        """A stream's table or hidden states; None where it cannot be kept, which is said."""
+        rows = self.reference_rows(stream)
+        if self.references(self.args)[stream] == "logps":
+            return PrecomputedReference(builder.table(stream, rows))
+        try:
+            dtype = STATES_DTYPES.get(self.args.reference_dtype)
+            return builder.states(stream, rows, self.reference_positions(stream), dtype)
+        except StatesUnavailable as why:
+            self._without_states.add(stream)
+            logger.warning("%s: reference=%r is used instead.", why, self.reference_mode(stream))
+            return None
+
+    def _second_model(self, other: PreTrainedModel | None) -> ModelReference:
+        return ModelReference(other) if other is not None else ModelReference.of(self.model)
 
     def _finds_fresh_adapter(self) -> bool:
         return has_fresh_adapter(self.model)

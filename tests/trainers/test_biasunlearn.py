@@ -338,14 +338,14 @@ def test_without_a_weight_its_set_is_not_needed(make_trainer):
     assert trainer.streams(trainer.args) == ("forget",)
 
 
-def test_references_of_numbers_are_precomputed_beside_a_kl(make_trainer):
+def test_each_set_keeps_of_its_precomputed_reference_what_it_needs(make_trainer):
     trainer = make_trainer(
         "biasunlearn", datasets=pairs(), peft_config=LoraConfig(r=2), reference="precomputed", max_steps=1, **OFF
     )
     trainer.train()
     assert {name: type(source).__name__ for name, source in trainer.reference.items()} == {
         "forget": "PrecomputedReference",
-        "utility": "AdapterReference",
+        "utility": "StatesReference",
     }
 
 

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 
 from biasunlearn_trainer.fingerprints import model_hash
 from biasunlearn_trainer.models import evaluating, load_model
-from biasunlearn_trainer.reference import AdapterReference, ModelReference, PrecomputedReference
+from biasunlearn_trainer.reference import AdapterReference, PrecomputedReference
+from biasunlearn_trainer.reference_states import StatesReference
 
 
 def terms(trainer):
@@ -53,13 +54,14 @@ def test_a_kl_is_the_same_for_adapter_and_model(method, make_trainer):
     [
         ("npo", True, AdapterReference),
         ("npo", False, PrecomputedReference),
-        ("kl_min", False, ModelReference),
+        ("kl_min", False, StatesReference),
+        ("kl_min", True, AdapterReference),
         ("dpo", False, PrecomputedReference),
         ("ga", False, None),
     ],
 )
 def test_auto_takes_the_cheapest(method, lora, expected, make_trainer):
-    trainer = make_trainer(method, peft_config=LoraConfig(r=2) if lora else None, max_steps=1)
+    trainer = make_trainer(method, peft_config=LoraConfig(r=2) if lora else None, max_steps=3)
     trainer.train()
     assert {type(source) for source in trainer.reference.values()} == ({expected} if expected else set())
 
@@ -132,7 +134,9 @@ def test_evaluating_restores_every_module(tiny_llama):
 def test_what_cannot_be_is_said_before_training(make_trainer):
     with pytest.raises(ValueError, match=r"reference='adapter' switches the model's own PEFT adapter off"):
         make_trainer("npo", reference="adapter")
-    with pytest.raises(ValueError, match="a KL needs the reference's whole distribution"):
-        make_trainer("kl_min", reference="precomputed")
+    with pytest.raises(ValueError, match="`reference_dtype` is that of the hidden states"):
+        make_trainer("npo", reference_dtype="bfloat16")
+    with pytest.raises(ValueError, match="`reference_dtype` must be one of"):
+        make_trainer("kl_min", reference_dtype="bf16")
     with pytest.raises(ValueError, match="uses no reference policy"):
         make_trainer("ga", reference_model_name_or_path="x")
