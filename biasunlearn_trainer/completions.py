@@ -116,7 +116,9 @@ def kept_logits(model: nn.Module, inputs: dict[str, Any], keep: Tensor) -> Tenso
     """
     inner = unwrap(model)
     if "pixel_values" not in inputs and _needs_pictures(type(inner)):
-        inputs = inputs | _without_pictures(inner)
+        # What the image half has found may be there already (`image_features`).
+        found = {"pixel_values": None} if "mm_encoder_outputs" in inputs else _without_pictures(inner)
+        inputs = inputs | found
     if _takes_logits_to_keep(type(inner)) or _passes_logits_to_keep_on(inner):
         return model(**inputs, logits_to_keep=keep, use_cache=False).logits
     return model(**inputs, use_cache=False).logits[keep]

@@ -33,6 +33,7 @@ OURS = {
     "converters": ("models",),
     "collators": ("models", "collators"),
     "reference_states": ("completions",),
+    "image_features": ("completions", "models"),
     "reference": (
         "cache",
         "models",
@@ -49,6 +50,8 @@ OURS = {
     "saliency.report": ("eval.schema", "saliency"),
     "saliency.__main__": ("runner",),
     "trainers": (
+        "cache",
+        "image_features",
         "losses",
         "models",
         "streams",

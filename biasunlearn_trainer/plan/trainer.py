@@ -86,6 +86,9 @@ class _Planned:
     def _reference_builder(self, model: nn.Module) -> _Tables:
         return _Tables(self.shadow, model)
 
+    def _feature_cache(self) -> None:
+        return None  # the step that first sees a picture runs the encoder, and is the largest
+
     def _made_mask(self) -> SaliencyMask | UnknownMask:
         if isinstance(self._given_mask, SaliencyMask):
             return self._given_mask

@@ -19,8 +19,10 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
+from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions, text_positions
+from biasunlearn_trainer.image_features import ImageFeatures
 from biasunlearn_trainer.losses import nll_loss, sequence_mean, sequence_sum, token_kl
 from biasunlearn_trainer.models import (
     accept_published_names,
@@ -31,7 +33,7 @@ from biasunlearn_trainer.models import (
     load_processor,
     lora_targets,
 )
-from biasunlearn_trainer.reference import PrecomputedReference
+from biasunlearn_trainer.reference import AdapterReference, PrecomputedReference
 from biasunlearn_trainer.reference_states import StatesOutput, StatesReference
 from biasunlearn_trainer.saliency import SaliencyMask
 from biasunlearn_trainer.sharding import ForgetGradients, is_sharded, running
@@ -186,6 +188,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         self._sums: dict[str, Tensor] = {}
         self._untouched = UntouchedWeights(self.model)
         self.add_callback(ForgetGradients(self))
+        self._image_features = self._feature_cache() if args.cache_image_features else None
         self._begin_reference(reference_model)
         self._begin_masking(self.model, saliency_mask, preserve_dataset)
 
@@ -283,6 +286,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         inputs = batch[stream]
         if positions == "all_text":
             inputs = {**inputs, "completion_mask": text_positions(inputs, self.collator.image_token_id)}
+        pictured, inputs = inputs, self.with_features(model, inputs)
         with self.masked(stream):
             result = SequenceLogps(stream, positions, forward_completions(model, inputs, self.args.fused_losses))
         self.record(f"logps/{stream}", result.policy)
@@ -297,9 +301,16 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
             result.reference = reference.logps(inputs["index"])
             result.reference_output = reference.output(model, inputs)
         else:
-            result.reference_output = reference.output(model, inputs)
+            own = isinstance(reference, AdapterReference)  # another model has another image encoder
+            result.reference_output = reference.output(model, inputs if own else pictured)
             result.reference = result.reference_output.logps
         return result
+
+    def with_features(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """A stream's batch, with kept features in place of its pictures where `cache_image_features` is on."""
+        if self._image_features is None:
+            return inputs
+        return self._image_features.replaced(model, inputs)
 
     def nll(self, result: SequenceLogps) -> Tensor:
         """(B,) negative log-likelihood per token, in nats."""
@@ -409,6 +420,19 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
             logs.update({name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True)})
             self._sums = {}
         super().log(logs, start_time)
+
+    def _feature_cache(self) -> ImageFeatures:
+        """Where features of pictures are kept.
+
+        Raises:
+            ValueError: the image encoder is trained, spread over processes, or not there.
+        """
+        if is_sharded():
+            raise ValueError(
+                "cache_image_features calls the image encoder on its own, which ZeRO-3 and FSDP do not allow. Leave it "
+                "out, or launch with ddp.yaml or zero2.yaml."
+            )
+        return ImageFeatures(self.model, cache_home() / "image_features", self.args.module_groups)
 
     # Data.
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from biasunlearn_trainer.completions import CompletionOutput
+from biasunlearn_trainer.reference import AdapterReference
 from biasunlearn_trainer.reference_states import StatesOutput
 from biasunlearn_trainer.streams import align
 from biasunlearn_trainer.trainers.base import RetainChoiceConfig, Rows, UnlearnConfig, UnlearnTrainer
@@ -136,7 +137,10 @@ class PUBGTrainer(UnlearnTrainer):
         if "guided" not in batch:
             return nll
         # All rows go through, so that a batch without such rows makes the same collectives as one with them.
-        reference = self.reference["guided"].output(model, batch["guided"])
+        guided = batch["guided"]
+        if isinstance(self.reference["guided"], AdapterReference):
+            guided = self.with_features(model, guided)
+        reference = self.reference["guided"].output(model, guided)
         _check_same_answers(result.output, reference, batch["guidance"]["index"].tolist(), self.args.max_length)
         return torch.where(is_asked, self.divergence(result, reference), nll)
 

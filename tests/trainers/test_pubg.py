@@ -138,7 +138,7 @@ def test_an_answer_of_other_tokens_is_refused(forget, make_trainer):
     long = "Say only what can be seen in the picture, please, and name nobody. "
     rows = [{**row, "prompt": "W?", "completion": " b", "guidance_prompt": None} for row in forget]
     rows[1]["guidance_prompt"] = "W?"
-    trainer = make_trainer("pubg", datasets={"forget_dataset": rows})
+    trainer = make_trainer("pubg", reference="model", datasets={"forget_dataset": rows})
     trainer.prepare_reference()
     batch = batch_of(trainer)
     other = trainer.collator([{"prompt": long, "completion": " other", "index": i} for i in range(3)])

@@ -1,0 +1,157 @@
+"""What frozen image encoders make of pictures, computed once per picture and kept on disk.
+
+Where the vision tower and the connector are frozen, a picture's features never change, and each further epoch can read
+them instead of running the tower. A picture is known by what the processor made of it: another processor, or an
+augmentation that draws anew, makes another picture, and nothing stale is ever read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
+
+from biasunlearn_trainer.completions import unwrap
+from biasunlearn_trainer.models import evaluating, group_of, module_groups
+
+logger = logging.getLogger(__name__)
+
+
+class ImageFeatures:
+    """Features by picture, in files that only grow: one of values and one that says where each picture's begin.
+
+    Args:
+        model: an image-text model, inside PEFT or not.
+        folder: where files are kept; a subfolder of it belongs to these weights.
+        groups: what `module_groups` is to take instead of what it finds.
+
+    Raises:
+        ValueError: the model has no image encoder, takes no features from outside, or trains the encoder.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path, groups: dict[str, Any] | None = None):
+        model = unwrap(model)
+        name = type(model).__name__
+        if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+            raise ValueError(f"cache_image_features: {name} takes no image features from outside; leave it out.")
+        parts = module_groups(model, groups)
+        frozen = {n: p for n, p in model.named_parameters() if group_of(n, parts) in ("vision_tower", "connector")}
+        trained = [n for n, p in frozen.items() if p.requires_grad]
+        if trained:
+            raise ValueError(
+                f"cache_image_features needs a frozen vision tower and connector; {len(trained)} of their weights are "
+                f"trained, the first: {trained[0]}. Set trainable_groups to [language_model], or leave it out."
+            )
+        self._folder, self._weights = folder, _digest(frozen)
+        self._places: dict[str, dict[str, Any]] = {}
+        self._opened: Path | None = None
+        self._is_full = False
+
+    def replaced(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """A collated batch with its pictures' features in place of `pixel_values`; computed where they are not kept."""
+        if "pixel_values" not in batch:
+            return batch
+        model, device = unwrap(model), batch["pixel_values"].device
+        self._open(device.type)
+        pictures = _pictures(batch)
+        keys = [_picture_key(*picture) for picture in pictures]
+        features = {key: self._read(key) for key in keys if key in self._places}
+        missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in features}
+        if missing:
+            for key, found in zip(missing, _computed(model, list(missing.values())), strict=True):
+                features[key] = found
+                self._append(key, found)
+        values = [features[key].to(device) for key in keys]
+        rest = {name: value for name, value in batch.items() if name != "pixel_values"}
+        return rest | {"mm_encoder_outputs": {"image": _as_output(model, values)}}
+
+    def _open(self, device: str) -> None:
+        """Reads where every process that ever wrote for these weights left its pictures."""
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "own"
+        folder = self._folder / f"{self._weights}-{str(precision).removeprefix('torch.')}"
+        if folder == self._opened:
+            return
+        self._opened, self._places = folder, {}
+        for index in sorted(folder.glob("*.jsonl")):
+            for line in index.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # a run ended while it wrote the line
+                self._places[entry["picture"]] = entry | {"file": str(index.with_suffix(".bin"))}
+        if self._places:
+            logger.info("Features of %d pictures: %s", len(self._places), folder)
+
+    def _read(self, key: str) -> Tensor:
+        place = self._places[key]
+        count, dtype = place["shape"][0] * place["shape"][1], getattr(torch, place["dtype"])
+        values = torch.from_file(place["file"], shared=False, size=place["start"] + count, dtype=dtype)
+        return values[place["start"] :].view(place["shape"])
+
+    def _append(self, key: str, values: Tensor) -> None:
+        """Keeps a picture's features; a disk without room is said once, and pictures are computed again from then."""
+        if self._is_full:
+            return
+        data = self._opened / f"{os.uname().nodename}-{os.getpid()}.bin"
+        try:
+            data.parent.mkdir(parents=True, exist_ok=True)
+            with data.open("ab") as file:
+                start = file.tell() // values.dtype.itemsize
+                file.write(values.contiguous().cpu().view(torch.uint8).numpy().data)
+            name = str(values.dtype).removeprefix("torch.")
+            entry = {"picture": key, "start": start, "shape": list(values.shape), "dtype": name}
+            with data.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as err:
+            logger.warning("Image features are not kept any more (%s); pictures are computed at every step.", err)
+            self._is_full = True
+            return
+        self._places[key] = entry | {"file": str(data)}
+
+
+def _pictures(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
+    """Each picture's pixels, and its grid where the pixels of all stand one behind the other (Qwen2-VL)."""
+    grids = batch.get("image_grid_thw")
+    if grids is None:
+        return [(pixels[None], None) for pixels in batch["pixel_values"]]
+    parts = batch["pixel_values"].split(grids.prod(-1).tolist())
+    return [(pixels, grid[None]) for pixels, grid in zip(parts, grids, strict=True)]
+
+
+def _picture_key(pixels: Tensor, grid: Tensor | None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{tuple(pixels.shape)} {pixels.dtype} {None if grid is None else grid.tolist()}".encode())
+    digest.update(pixels.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _computed(model: nn.Module, pictures: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    """(tokens, D) of each picture."""
+    pixels, grids = zip(*pictures, strict=True)
+    extra = {} if grids[0] is None else {"image_grid_thw": torch.cat(grids)}
+    with evaluating(model):
+        return list(model.get_image_features(torch.cat(pixels), **extra, return_dict=True).pooler_output)
+
+
+def _as_output(model: nn.Module, features: list[Tensor]) -> Any:
+    """Features as the model's own encoder returns them."""
+    if hasattr(model, "qformer"):
+        return BaseModelOutputWithVisionQformerOutputs(pooler_output=torch.stack(features))
+    return BaseModelOutputWithPooling(pooler_output=tuple(features))
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
