@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -397,6 +398,31 @@ def choose_rows(
     return {
         name: torch.cat([rows[side][name][i] for i, side in enumerate(from_second.long().tolist())]) for name in first
     }
+
+
+def form_of(batch: Mapping[str, Tensor]) -> int:
+    """A number that is the same for batches which `join_batches` can put together, in every process.
+
+    They have the same entries: all pictures or none, and pictures of one size.
+    """
+    shape = batch["input_ids"].shape
+    entries = sorted(
+        f"{name} {value.dtype} {'text' if value.shape == shape else [*value.shape[1:]]}"
+        for name, value in batch.items()
+    )
+    return zlib.crc32(" ".join(entries).encode())
+
+
+def join_batches(batches: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
+    """Put the rows of several batches one behind the other.
+
+    Args:
+        batches: what `CompletionCollator` made, of one `form_of`.
+        pad_token_id: fills up the ids of shorter batches.
+    """
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+    widened = [_widen(batch, width, pad_token_id) for batch in batches]
+    return {name: torch.cat([batch[name] for batch in widened]) for name in widened[0]}
 
 
 def _widen(batch: Mapping[str, Tensor], width: int, pad_token_id: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ picture) that no loss ever reads. The head therefore runs on completion position
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -50,6 +51,20 @@ class CompletionOutput:
     def logits_at(self, places: slice) -> Tensor:
         """(n, V) logits of some of the N positions."""
         return self.logits[places]
+
+    def split(self, sizes: Sequence[int]) -> list[CompletionOutput]:
+        """The same of so many sequences each, for a pass over batches that were put together.
+
+        Log-probabilities are cut after they were taken, so that logits which nothing else reads get one gradient.
+        """
+        lengths = [part.tolist() for part in self.mask.sum(-1).split(list(sizes))]
+        tokens = [sum(part) for part in lengths]
+        flat = zip(self.logits.split(tokens), self.targets.split(tokens), strict=True)
+        padded = zip(self.mask.split(list(sizes)), self.token_logps.split(list(sizes)), strict=True)
+        return [
+            CompletionOutput(logits, targets, mask[:, : max(part)], logps[:, : max(part)])
+            for (logits, targets), (mask, logps), part in zip(flat, padded, lengths, strict=True)
+        ]
 
     def scatter(self, values: Tensor) -> Tensor:
         """Lay (N,) per-token values out as (B, K), with zeros off the mask."""

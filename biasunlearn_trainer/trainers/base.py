@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
-from biasunlearn_trainer.completions import CompletionOutput, forward_completions, text_positions
+from biasunlearn_trainer.completions import CompletionOutput, forward_completions
 from biasunlearn_trainer.image_features import ImageFeatures
 from biasunlearn_trainer.losses import nll_loss, sequence_mean, sequence_sum, token_kl
 from biasunlearn_trainer.models import (
@@ -33,7 +33,7 @@ from biasunlearn_trainer.models import (
     load_processor,
     lora_targets,
 )
-from biasunlearn_trainer.reference import AdapterReference, PrecomputedReference
+from biasunlearn_trainer.reference import PrecomputedReference
 from biasunlearn_trainer.reference_states import StatesOutput, StatesReference
 from biasunlearn_trainer.saliency import SaliencyMask
 from biasunlearn_trainer.sharding import ForgetGradients, is_sharded, running
@@ -41,6 +41,7 @@ from biasunlearn_trainer.streams import DrawSampler, PairedStreams, dealt_batche
 from biasunlearn_trainer.trainers.checkpointing import Checkpointing
 from biasunlearn_trainer.trainers.config import KLConfig, RetainChoiceConfig, RetainConfig, UnlearnConfig
 from biasunlearn_trainer.trainers.masking import SaliencyMasking
+from biasunlearn_trainer.trainers.passes import BatchCounts, StreamPasses
 from biasunlearn_trainer.trainers.publishing import HubPublishing
 from biasunlearn_trainer.trainers.referring import ReferencePolicy
 from biasunlearn_trainer.untouched import UntouchedWeights
@@ -89,7 +90,7 @@ class SequenceLogps:
         return self.output.lengths
 
 
-class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePolicy, Trainer):
+class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking, ReferencePolicy, Trainer):
     """Base of the unlearning trainers.
 
     A method overrides `loss_terms`, and `streams` and `references` where it needs more than the forget set. (Overriding
@@ -189,6 +190,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         self._untouched = UntouchedWeights(self.model)
         self.add_callback(ForgetGradients(self))
         self._image_features = self._feature_cache() if args.cache_image_features else None
+        self._begin_passes()
         self._begin_reference(reference_model)
         self._begin_masking(self.model, saliency_mask, preserve_dataset)
 
@@ -275,7 +277,9 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
     def forward(
         self, model: nn.Module, batch: dict[str, dict[str, Tensor]], stream: str, positions: str = "completion"
     ) -> SequenceLogps:
-        """Run the policy and, where the method needs it, the reference on one stream.
+        """What the policy and, where the method needs it, the reference say of one stream.
+
+        The pass may be one over several streams of the batch (`joint_forward`), made when the first is asked for.
 
         Args:
             model: the policy, wrapped as training needs it.
@@ -283,27 +287,19 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
             stream: the one to run.
             positions: `completion`, or `all_text` for all but padding and image positions.
         """
-        inputs = batch[stream]
-        if positions == "all_text":
-            inputs = {**inputs, "completion_mask": text_positions(inputs, self.collator.image_token_id)}
-        pictured, inputs = inputs, self.with_features(model, inputs)
-        with self.masked(stream):
-            result = SequenceLogps(stream, positions, forward_completions(model, inputs, self.args.fused_losses))
+        output, reference_output = self._outputs_of(model, batch, stream, positions)
+        result = SequenceLogps(stream, positions, output)
         self.record(f"logps/{stream}", result.policy)
         if stream not in self.references(self.args):
             return result
         reference = self.reference[stream]
-        if isinstance(reference, PrecomputedReference):
-            result.reference = reference.logps(inputs["index"])
-        elif self.references(self.args)[stream] == "logits" and positions != self.reference_positions(stream):
-            return result  # the method runs this stream once more, where it compares
-        elif isinstance(reference, StatesReference):
-            result.reference = reference.logps(inputs["index"])
-            result.reference_output = reference.output(model, inputs)
-        else:
-            own = isinstance(reference, AdapterReference)  # another model has another image encoder
-            result.reference_output = reference.output(model, inputs if own else pictured)
-            result.reference = result.reference_output.logps
+        if reference_output is not None:
+            result.reference, result.reference_output = reference_output.logps, reference_output
+        elif isinstance(reference, PrecomputedReference):
+            result.reference = reference.logps(batch[stream]["index"])
+        elif isinstance(reference, StatesReference) and positions == self.positions(stream):
+            result.reference = reference.logps(batch[stream]["index"])
+            result.reference_output = reference.output(model, self._reading(batch[stream], positions))
         return result
 
     def with_features(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -332,7 +328,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         mask = result.output.mask
         if self.args.reduction == "sequence_mean":
             return sequence_mean(values, mask)
-        sequences, completion_tokens, text_tokens = self._batch_counts[result.stream]
+        sequences, completion_tokens, text_tokens = self._batch_counts.streams[result.stream]
         tokens = completion_tokens if result.positions == "completion" else text_tokens
         return sequence_sum(values, mask) * sequences / tokens
 
@@ -352,7 +348,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         model: nn.Module,
         inputs: dict[str, dict[str, Tensor]],
         return_outputs: bool = False,
-        num_items_in_batch: dict[str, Tensor] | None = None,
+        num_items_in_batch: BatchCounts | None = None,
     ) -> Tensor | tuple[Tensor, dict]:
         """The weighted sum of the method's terms, normalised over the whole accumulated global batch.
 
@@ -360,12 +356,13 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
             model: the policy.
             inputs: one micro-batch, rows by stream.
             return_outputs: return the terms beside the loss.
-            num_items_in_batch: for each stream (3,), its sequences, completion tokens and text tokens in the
-                accumulated global batch; None counts this micro-batch alone.
+            num_items_in_batch: the sequences and tokens of the accumulated global batch; None counts this micro-batch
+                alone.
         """
         self._batch_counts = num_items_in_batch or self._count([inputs])
         batch = self.arrange(inputs)
-        terms = self.loss_terms(model, batch)
+        with self._passes_over(self._batch_counts.groups):
+            terms = self.loss_terms(model, batch)
         loss = sum(self.weight(name) * self._normalised(name, term) for name, term in terms.items())
         if torch.is_grad_enabled() and not is_sharded():
             pictured = frozenset((name, "pixel_values" in part) for name, part in batch.items())
@@ -382,29 +379,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, SaliencyMasking, ReferencePol
         if term.dim() == 0:
             return term / getattr(self, "current_gradient_accumulation_steps", 1)
         # Gradients are averaged over processes, so each contributes its sum times their number.
-        return term.sum() / self._batch_counts[name.split("/")[-1]][0] * self.args.world_size
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, Tensor] | None:
-        return self._count(batch_samples, device) if batch_samples else None
-
-    def _count(
-        self, batches: list[dict[str, dict[str, Tensor]]], device: torch.device | None = None
-    ) -> dict[str, Tensor]:
-        """(3,) sequences, completion tokens and text tokens by stream, over micro-batches and processes."""
-        counts = {}
-        batches = [self.arrange(batch) for batch in batches]
-        for stream in batches[0]:
-            parts = [batch[stream] for batch in batches]
-            count = sum(
-                torch.stack([mask.new_tensor(len(mask), dtype=torch.float), mask.sum().float(), text.sum().float()])
-                for mask, text in (
-                    (part["completion_mask"], text_positions(part, self.collator.image_token_id)[:, 1:])
-                    for part in parts
-                )
-            )
-            count = count.to(device or count.device)
-            counts[stream] = self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count
-        return counts
+        return term.sum() / self._batch_counts.streams[name.split("/")[-1]][0] * self.args.world_size
 
     def record(self, name: str, values: Tensor) -> None:
         """Add values to the mean that is logged under `name`; summed over processes when the log is written."""

@@ -56,6 +56,13 @@ class UnlearnConfig(TrainingArguments):
             "choices": list(REDUCTIONS),
         },
     )
+    joint_forward: bool = field(
+        default=True,
+        metadata={
+            "help": "Let a batch's streams go through the model together where they are about equally long and all "
+            "have pictures or none: fewer and larger passes, the same terms. False: one pass for each stream."
+        },
+    )
     fused_losses: bool = field(
         default=True,
         metadata={

@@ -104,5 +104,9 @@ class SaliencyMasking:
 
     def masked(self, stream: str) -> AbstractContextManager:
         """Inside, what the model computes gets gradients as the mask has it for a stream."""
-        covers = self._gradient_mask is not None and stream in self.masked_streams
-        return self._gradient_mask.covering() if covers else nullcontext()
+        return self._gradient_mask.covering() if self.is_masked(stream) else nullcontext()
+
+    def is_masked(self, stream: str) -> bool:
+        """Whether a mask lies over what a stream alone sends back."""
+        has_mask = self._gradient_mask is not None and self.args.mask_scope == "forget"
+        return has_mask and stream in self.masked_streams

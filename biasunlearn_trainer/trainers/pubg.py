@@ -120,9 +120,9 @@ class PUBGTrainer(UnlearnTrainer):
         if "guided" in self.train_dataset.streams or len(self.references(self.args)) > 1:
             super().prepare_reference()
 
-    def reference_positions(self, stream: str) -> str:
+    def positions(self, stream: str) -> str:
         """The reference answers' own tokens; elsewhere as the settings say."""
-        return "completion" if stream == "guided" else super().reference_positions(stream)
+        return "completion" if stream == "guided" else super().positions(stream)
 
     def forget_terms(self, model: nn.Module, batch: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         """(B,) `loss/forget`, the ascent, and `kl/guidance`."""

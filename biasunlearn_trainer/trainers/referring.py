@@ -57,9 +57,10 @@ class ReferencePolicy:
             return "adapter" if has_own_adapter else "model"
         return mode
 
-    def reference_positions(self, stream: str) -> str:
-        """Where a stream's whole distributions are compared: `completion` or `all_text`."""
-        return getattr(self.args, "kl_positions", "completion")
+    def positions(self, stream: str) -> str:
+        """The positions of a stream that the loss reads: `completion`, or `all_text` for a KL that is taken there."""
+        is_whole = self.references(self.args).get(stream) == "logits"
+        return getattr(self.args, "kl_positions", "completion") if is_whole else "completion"
 
     def _reads_every_row(self, stream: str) -> bool:
         """Whether the run is long enough to come by each of a stream's rows.
@@ -128,7 +129,7 @@ class ReferencePolicy:
             return PrecomputedReference(builder.table(stream, rows))
         try:
             dtype = STATES_DTYPES.get(self.args.reference_dtype)
-            return builder.states(stream, rows, self.reference_positions(stream), dtype)
+            return builder.states(stream, rows, self.positions(stream), dtype)
         except StatesUnavailable as why:
             self._without_states.add(stream)
             logger.warning("%s: reference=%r is used instead.", why, self.reference_mode(stream))
