@@ -80,6 +80,10 @@ def load_config(name_or_path: str, revision: str | None = None, trust_remote_cod
     """
     if adapter := adapter_config(name_or_path, revision):
         name_or_path, revision = base_of(adapter, name_or_path, revision)
+    return _config(name_or_path, revision, trust_remote_code)
+
+
+def _config(name_or_path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     except OSError as err:
@@ -185,11 +189,14 @@ def load_processor(
 
     A tokenizer without a pad token gets its EOS as one; padding is masked out by position everywhere, never by id.
     """
-    config = load_config(name_or_path, revision, trust_remote_code)
-    loader = AutoProcessor if model_class(config) is AutoModelForImageTextToText else AutoTokenizer
-    if adapter := adapter_config(name_or_path, revision):
+    own, adapter = None, adapter_config(name_or_path, revision)
+    if adapter:
         own = processor_folder(name_or_path, revision)
-        name_or_path, revision = (own, None) if own else base_of(adapter, name_or_path, revision)
+        name_or_path, revision = base_of(adapter, name_or_path, revision)
+    config = _config(name_or_path, revision, trust_remote_code)
+    loader = AutoProcessor if model_class(config) is AutoModelForImageTextToText else AutoTokenizer
+    if own:
+        name_or_path, revision = own, None
     processing_class = loader.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = tokenizer_of(processing_class)
     if tokenizer.pad_token_id is None:
