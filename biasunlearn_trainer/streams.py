@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, List
@@ -27,6 +27,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 FORGET = "forget"
+
+Batch = TypeVar("Batch")
 
 
 def order(length: int, *key: int | str) -> np.ndarray:
@@ -294,15 +296,21 @@ def dealt_batches(
         num_ranks: number of processes.
 
     Returns:
-        Row numbers of each of the rank's batches, and whether they count: the last batches, where they are too few for
-        all ranks, are repeated on the others. At one place of the list all ranks have batches of one modality.
+        Row numbers of each of the rank's batches, and whether they count, as `dealt` has it. At one place of the list
+        all ranks have batches of one modality.
     """
-    dealt = []
-    for batches in _by_modality(rows, batch_size, None):
-        for start in range(0, len(batches), num_ranks):
-            mine = start + rank
-            dealt.append((batches[min(mine, len(batches) - 1)], mine < len(batches)))
-    return dealt
+    return [mine for batches in _by_modality(rows, batch_size, None) for mine in dealt(batches, rank, num_ranks)]
+
+
+def dealt(batches: Sequence[Batch], rank: int, num_ranks: int) -> Iterator[tuple[Batch, bool]]:
+    """The batches of a rank among several that go in step, and whether each counts.
+
+    Where the last batches are too few for all ranks, the others repeat the last one: under ZeRO-3 and FSDP every
+    forward pass needs every rank.
+    """
+    for start in range(0, len(batches), num_ranks):
+        mine = start + rank
+        yield batches[min(mine, len(batches) - 1)], mine < len(batches)
 
 
 def _by_modality(

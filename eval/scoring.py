@@ -32,6 +32,7 @@ from biasunlearn_trainer.shared_prefixes import (
     forward_shared,
     longest_shared,
 )
+from biasunlearn_trainer.streams import dealt
 
 logger = logging.getLogger(__name__)
 
@@ -286,15 +287,10 @@ class Scorer:
         bar = tqdm(total=len(rows), desc=desc, leave=False, disable=desc is None or not state.is_main_process)
         with evaluating(self.model), bar:
             for batches in self._batches(rows, batch_size or self.batch_size, collator):
-                for start in range(0, len(batches), state.num_processes):
-                    # With the last batches too few for all ranks, the others repeat one: under ZeRO-3 and FSDP every
-                    # forward pass needs every rank.
-                    mine = start + state.process_index
-                    batch = batches[min(mine, len(batches) - 1)]
+                for batch, counts in dealt(batches, state.process_index, state.num_processes):
                     outputs = work([rows[index] for index in batch])
-                    if mine < len(batches):
-                        done += zip(batch, outputs, strict=True)
-                    bar.update(sum(map(len, batches[start : start + state.num_processes])))
+                    done += zip(batch, outputs, strict=True) if counts else ()
+                    bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
         results = dict(gather_object(done))
         return [results[index] for index in range(len(rows))]
 
