@@ -10,6 +10,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from biasunlearn_trainer.run_files import RESULTS_FILE
+
 ADAPTER_FILE = "adapter_config.json"
 PROCESSOR_CONFIGS = ("tokenizer_config.json", "processor_config.json")
 
@@ -85,7 +87,7 @@ def processor_folder(name_or_path: str, revision: str | None = None) -> str | No
     if Path(name_or_path).is_dir():
         return name_or_path
     wanted = ["*.json", "*.jinja", "*.txt", "*.model"]
-    return snapshot_download(name_or_path, revision=revision, allow_patterns=wanted, ignore_patterns="results.json")
+    return snapshot_download(name_or_path, revision=revision, allow_patterns=wanted, ignore_patterns=RESULTS_FILE)
 
 
 def put_on(base: PreTrainedModel, name_or_path: str, revision: str | None = None) -> PeftModel:

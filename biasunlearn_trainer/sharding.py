@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import deepspeed as hf_deepspeed
 
-FSDP_VARIABLE = "ACCELERATE_USE_FSDP"
+FSDP_VARIABLE, DEEPSPEED_VARIABLE = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
 
 
 def is_sharded() -> bool:
@@ -27,6 +27,15 @@ def is_sharded() -> bool:
 def is_fsdp() -> bool:
     """Whether the launch says FSDP."""
     return os.environ.get(FSDP_VARIABLE, "").lower() == "true"
+
+
+def backend() -> str:
+    """How this launch spreads a model: `whole` (one process or DDP), `ZeRO-2`, `ZeRO-3` or `FSDP`."""
+    if hf_deepspeed.is_deepspeed_zero3_enabled():
+        return "ZeRO-3"
+    if os.environ.get(DEEPSPEED_VARIABLE, "").lower() == "true":
+        return "ZeRO-2"
+    return "FSDP" if is_fsdp() else "whole"
 
 
 def is_partitioned(model: nn.Module) -> bool:

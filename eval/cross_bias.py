@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from biasunlearn_trainer.eval.schema import EvalResult, MetricValue, load_results, write_text
+from biasunlearn_trainer.run_files import RESULTS_FILE
 
-RESULTS_FILE = "results.json"
 BEFORE = "before"
 
 

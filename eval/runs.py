@@ -11,8 +11,8 @@ import yaml
 
 from biasunlearn_trainer.eval.matched import Point
 from biasunlearn_trainer.eval.schema import load_results
+from biasunlearn_trainer.run_files import RESOLVED_FILE, RESULTS_FILE, STATE_FILE
 
-RESOLVED_FILE, RESULTS_FILE, STATE_FILE = "recipe.resolved.yaml", "results.json", "trainer_state.json"
 SETTINGS = ("learning_rate",)
 UNITS = ("seed", "testbed_seed", "testbed_split")
 # Keys that say where a run lies or what a testbed filled in, and not what was done.

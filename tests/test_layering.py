@@ -15,6 +15,7 @@ OURS = {
     "": ("torchvision_operators",),
     "torchvision_operators": (),
     "version": (),
+    "run_files": (),
     "cache": (),
     "checkpoints": (),
     "guards": ("checkpoints",),
@@ -97,7 +98,15 @@ OURS = {
     "eval.matched_command": ("eval.matched", "eval.runs", "eval.report.tradeoff"),
     "eval.cross_bias": ("eval.schema", "eval.report.cross_bias"),
     "eval.batches": ("fingerprints",),
-    "eval.scoring": ("models", "collators", "completions", "shared_prefixes", "eval.batches", "eval.scoring"),
+    "eval.scoring": (
+        "models",
+        "collators",
+        "completions",
+        "shared_prefixes",
+        "streams",
+        "eval.batches",
+        "eval.scoring",
+    ),
     "eval.tasks": ("models", "collators", "completions", "eval", "data_builders"),
     "eval.report": (
         "eval.schema",
@@ -115,7 +124,7 @@ OURS = {
     "probes": ("eval", "guards", "models"),
     "model_filter": ("data_builders", "eval", "models"),
     "guidance": ("cache", "models", "fingerprints", "eval", "data_builders", "guidance"),
-    "hub": ("eval", "data_builders", "adapters", "models", "fingerprints", "transfer", "hub"),
+    "hub": ("eval", "data_builders", "adapters", "models", "fingerprints", "recipe.config", "transfer", "hub"),
     "plan": ("adapters", "models", "saliency", "collators", "trainers.config", "recipe", "runner", "sharding", "plan"),
     "plan.trainer": ("completions", "reference_states", "saliency", "recipe", "plan"),
     "plan.meter": (),
@@ -198,7 +207,9 @@ def test_imports_keep_to_their_layer(module, path):
     for target in imports(path, module, top_level_only=False):
         if allowed is not None and target.startswith(PACKAGE + "."):
             inner = target.removeprefix(PACKAGE + ".")
-            inside = any(inner == layer or inner.startswith(layer + ".") for layer in (*allowed, "version"))
+            inside = any(
+                inner == layer or inner.startswith(layer + ".") for layer in (*allowed, "version", "run_files")
+            )
             assert inside, f"{module} imports {target}; it may import {', '.join(allowed) or 'nothing of ours'}"
     if third_party is not None or name in THIRD_PARTY:
         for target in imports(path, module, top_level_only=True):

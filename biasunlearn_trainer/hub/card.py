@@ -20,6 +20,7 @@ from biasunlearn_trainer.hub.finished import FinishedRun
 from biasunlearn_trainer.hub.licences import benchmark_of
 from biasunlearn_trainer.hub.methods import METHODS, TRANSFER, Method
 from biasunlearn_trainer.hub.naming import is_hub_id, portable, public_name
+from biasunlearn_trainer.run_files import FIGURE_FILE, RESULTS_FILE
 from biasunlearn_trainer.version import __version__
 
 TAGS = ["biasunlearn_trainer", "machine-unlearning", "bias-mitigation"]
@@ -220,9 +221,9 @@ def _results(run: FinishedRun) -> str:
         if groups_of(results, task) and groups_table(results, task):
             parts += ["By group:", groups_table(results, task)]
     parts.append("\n".join(f"- {note}" for note in notes(results)))
-    if (run.folder / "report.png").is_file():
-        parts.append("![The run's report](report.png)")
-    parts.append("The same numbers unrounded: [results.json](results.json).")
+    if (run.folder / FIGURE_FILE).is_file():
+        parts.append(f"![The run's report]({FIGURE_FILE})")
+    parts.append(f"The same numbers unrounded: [{RESULTS_FILE}]({RESULTS_FILE}).")
     return "\n\n".join(part for part in parts if part)
 
 

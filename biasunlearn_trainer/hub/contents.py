@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from biasunlearn_trainer.hub.finished import RECIPE_FILE, RESULTS_FILE, FinishedRun, weight_files
+from biasunlearn_trainer.hub.finished import FinishedRun, weight_files
 from biasunlearn_trainer.hub.naming import is_hub_id, portable, public_name, without_paths
 from biasunlearn_trainer.hub.shared_recipe import recipe_for_others
 from biasunlearn_trainer.models import ADAPTER_FILE
+from biasunlearn_trainer.run_files import FIGURE_FILE, RESOLVED_FILE, RESULTS_FILE
 
-CARD, FIGURE = "README.md", "report.png"
+CARD = "README.md"
 MODEL_CONFIGS = ("config.json", "generation_config.json")
 PROCESSOR_FILES = (
     "added_tokens.json",
@@ -55,14 +56,14 @@ def contents_of(run: FinishedRun, card: str, base_model: str | None = None, weig
         files |= {name: _config(weights / name) for name in MODEL_CONFIGS if (weights / name).is_file()}
     files |= {name: _config(run.folder / name) for name in PROCESSOR_FILES if (run.folder / name).is_file()}
     if run.recipe_text:
-        files[RECIPE_FILE] = recipe_for_others(run).encode()
+        files[RESOLVED_FILE] = recipe_for_others(run).encode()
     if run.results:
         named = {
             state: {**result.to_dict(), "model": _model(run, result.model)} for state, result in run.results.items()
         }
         files[RESULTS_FILE] = (json.dumps(named, indent=2, ensure_ascii=False) + "\n").encode()
-        if (run.folder / FIGURE).is_file():
-            files[FIGURE] = run.folder / FIGURE
+        if (run.folder / FIGURE_FILE).is_file():
+            files[FIGURE_FILE] = run.folder / FIGURE_FILE
     return files
 
 

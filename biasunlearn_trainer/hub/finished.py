@@ -14,8 +14,8 @@ import yaml
 
 from biasunlearn_trainer.adapters import ADAPTER_FILE, adapter_config
 from biasunlearn_trainer.eval.schema import EvalResult, load_results
+from biasunlearn_trainer.run_files import ENVIRONMENT_FILE, RESOLVED_FILE, RESULTS_FILE
 
-RESULTS_FILE, RECIPE_FILE, ENVIRONMENT_FILE = "results.json", "recipe.resolved.yaml", "environment.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 MEASURED = "measured"
@@ -92,7 +92,7 @@ def read_run(folder: str | Path, needs_results: bool = True) -> FinishedRun:
         raise PublishError(f"{folder} is no folder. Expected a run's output_dir; beside it there are: {there[:8]}.")
     faults: list[str] = []
     results = _results(folder, needs_results, faults)
-    recipe_text = (folder / RECIPE_FILE).read_text(encoding="utf-8") if (folder / RECIPE_FILE).is_file() else ""
+    recipe_text = (folder / RESOLVED_FILE).read_text(encoding="utf-8") if (folder / RESOLVED_FILE).is_file() else ""
     environment = _read_json(folder / ENVIRONMENT_FILE) if (folder / ENVIRONMENT_FILE).is_file() else {}
     run = FinishedRun(folder, results, yaml.safe_load(recipe_text) or {}, recipe_text, environment)
     faults += _weight_faults(run) or _measured_faults(run)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from biasunlearn_trainer.recipe.config import TESTBED_PREFIX
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)?")  # a set may name its configuration behind the id
 DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|txt|ya?ml)$", re.IGNORECASE)
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])(?:/(?=[^\s/])|~/|[A-Za-z]:[\\/])[^\s'\"`,;:)\]}>]+")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9_]{20,}")
-TESTBED_PREFIX = "testbed:"
 
 
 def is_hub_id(source: str | None) -> bool:

@@ -30,7 +30,7 @@ from biasunlearn_trainer.plan.trainer import build_trainer
 from biasunlearn_trainer.recipe import Recipe, RecipeError
 from biasunlearn_trainer.runner.data import load_streams, resolve_testbed
 from biasunlearn_trainer.runner.launch import backend_faults
-from biasunlearn_trainer.sharding import FSDP_VARIABLE, is_fsdp, whole_weights
+from biasunlearn_trainer.sharding import FSDP_VARIABLE, backend, whole_weights
 from biasunlearn_trainer.trainers.config import BUILT_MASKS
 
 
@@ -116,13 +116,8 @@ def backend_of(recipe: Recipe) -> tuple[str, int]:
     processes = recipe.run.plan_processes or recipe.training.world_size
     if recipe.run.plan_backend is not None:
         return recipe.run.plan_backend, processes
-    if hf_deepspeed.is_deepspeed_zero3_enabled():
-        return "zero3", processes
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return "zero2", processes
-    if is_fsdp():
-        return "fsdp2", processes
-    return ("ddp" if processes > 1 else "none"), processes
+    launched = {"ZeRO-3": "zero3", "ZeRO-2": "zero2", "FSDP": "fsdp2", "whole": "ddp" if processes > 1 else "none"}
+    return launched[backend()], processes
 
 
 def _check_backend(recipe: Recipe, backend: str, processes: int) -> None:

@@ -11,7 +11,7 @@ from biasunlearn_trainer.checkpoints import NO_SPACE, CheckpointError, last_usab
 from biasunlearn_trainer.guards import TrainingFault, memory_advice, ran_out_of_memory
 from biasunlearn_trainer.recipe import Recipe
 from biasunlearn_trainer.runner.folder import nearest_folder
-from biasunlearn_trainer.trainers.checkpointing import backend
+from biasunlearn_trainer.sharding import backend
 
 
 class RunError(RuntimeError):

@@ -20,24 +20,30 @@ from accelerate.utils import broadcast_object_list
 from biasunlearn_trainer.checkpoints import PREFIX, UNFINISHED, faults_of, last_usable, read_seal
 from biasunlearn_trainer.eval.schema import write_text
 from biasunlearn_trainer.recipe import Recipe, RecipeError
-from biasunlearn_trainer.trainers.checkpointing import backend, misfits, model_name
+from biasunlearn_trainer.run_files import (
+    CASES_FOLDER,
+    ENVIRONMENT_FILE,
+    FIGURE_FILE,
+    REPORT_FILE,
+    RESOLVED_FILE,
+    RESULTS_FILE,
+    STATE_FILE,
+)
+from biasunlearn_trainer.sharding import backend
+from biasunlearn_trainer.trainers.checkpointing import misfits, model_name
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE = "recipe.resolved.yaml"
-ENVIRONMENT_FILE = "environment.json"
-RESULTS_FILE = "results.json"
-STATE_FILE = "trainer_state.json"
 RECORDS_FOLDER = "records"
 """What was measured before training, for a run that is continued; deleted at the end of the run."""
 RUN_FILES = (
-    RECIPE_FILE,
+    RESOLVED_FILE,
     ENVIRONMENT_FILE,
     RESULTS_FILE,
     STATE_FILE,
-    "report.md",
-    "report.png",
-    "cases",
+    REPORT_FILE,
+    FIGURE_FILE,
+    CASES_FOLDER,
     f"{PREFIX}*",
     UNFINISHED,
     RECORDS_FOLDER,
@@ -160,13 +166,13 @@ def _checkpoint_of(recipe: Recipe, config: Any, folder: Path, resume: str) -> st
 
 def _find_checkpoint(recipe: Recipe, config: Any, folder: Path, resume: str) -> tuple[str | None, list[str]]:
     if resume == "true":
-        faults = _changed_keys(recipe, folder / RECIPE_FILE)
+        faults = _changed_keys(recipe, folder / RESOLVED_FILE)
         checkpoint = None if faults else last_usable(folder)
         if not faults and checkpoint is None:
             logger.warning("%s holds no complete checkpoint; the run starts from the beginning.", folder)
     else:
         checkpoint = Path(resume)
-        faults = _changed_keys(recipe, checkpoint.parent / RECIPE_FILE)
+        faults = _changed_keys(recipe, checkpoint.parent / RESOLVED_FILE)
         faults += [f"{resume} is no complete checkpoint: {fault}." for fault in faults_of(resume)]
     if checkpoint is not None and not faults:
         args = recipe.training
@@ -239,7 +245,7 @@ def write_records(
     """
     folder = Path(recipe.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / RECIPE_FILE, recipe.to_yaml())
+    write_text(folder / RESOLVED_FILE, recipe.to_yaml())
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -37,6 +37,7 @@ from biasunlearn_trainer.models import load_config, load_processor
 from biasunlearn_trainer.probes import ProbeCallback, StereoSetProbe
 from biasunlearn_trainer.recipe import Recipe, RecipeError, parse_recipe
 from biasunlearn_trainer.recipe.config import RunConfig
+from biasunlearn_trainer.run_files import FIGURE_FILE, RESULTS_FILE, STATE_FILE
 from biasunlearn_trainer.runner.cases import case_candidates
 from biasunlearn_trainer.runner.data import (
     check_collation,
@@ -50,8 +51,6 @@ from biasunlearn_trainer.runner.data import (
 from biasunlearn_trainer.runner.failures import RunError, explained, left
 from biasunlearn_trainer.runner.folder import (
     RECORDS_FOLDER,
-    RESULTS_FILE,
-    STATE_FILE,
     check_same_start,
     check_writable,
     prepare_folder,
@@ -384,7 +383,7 @@ def _report(
     if evaluation.saliency is not None:
         add_to_report(report, evaluation.saliency)
     note_measured(output_dir)
-    log_results(recipe, results, report.with_name("report.png"))
+    log_results(recipe, results, report.with_name(FIGURE_FILE))
     print(terminal_table(results))
     for sentence in [*messages, *verdicts(results)]:
         print(f"- {sentence}")

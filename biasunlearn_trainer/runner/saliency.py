@@ -11,7 +11,7 @@ from accelerate.utils import tqdm
 
 from biasunlearn_trainer.eval.schema import write_text
 from biasunlearn_trainer.recipe import Recipe
-from biasunlearn_trainer.runner.folder import ENVIRONMENT_FILE
+from biasunlearn_trainer.run_files import ENVIRONMENT_FILE
 from biasunlearn_trainer.saliency.changes import changes_of
 from biasunlearn_trainer.saliency.distribution import Distribution, Share, in_mask
 from biasunlearn_trainer.saliency.places import Places

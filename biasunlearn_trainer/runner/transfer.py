@@ -12,7 +12,8 @@ from accelerate import PartialState
 
 from biasunlearn_trainer.fingerprints import model_hash
 from biasunlearn_trainer.recipe import Recipe, RecipeError
-from biasunlearn_trainer.runner.folder import ENVIRONMENT_FILE, write_records
+from biasunlearn_trainer.run_files import ENVIRONMENT_FILE
+from biasunlearn_trainer.runner.folder import write_records
 from biasunlearn_trainer.runner.models import load_for_run
 from biasunlearn_trainer.sharding import whole_weights
 from biasunlearn_trainer.transfer import Adapter, TransferError, check_transfer, find_adapter, put_adapter

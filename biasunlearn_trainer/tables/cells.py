@@ -16,9 +16,9 @@ import yaml
 from biasunlearn_trainer.checkpoints import last_usable
 from biasunlearn_trainer.eval.schema import EvalResult, load_results
 from biasunlearn_trainer.recipe.config import TESTBED_PREFIX
+from biasunlearn_trainer.run_files import ENVIRONMENT_FILE, RESOLVED_FILE, RESULTS_FILE
 from biasunlearn_trainer.tables.plan import Cell
 
-RESOLVED_FILE, ENVIRONMENT_FILE, RESULTS_FILE = "recipe.resolved.yaml", "environment.json", "results.json"
 RECIPE_FILE, LOG_FILE, ERROR_FILE, LOCK_FILE = "recipe.yaml", "log.txt", "error.txt", ".lock"
 IMMATERIAL = (
     "output_dir",

@@ -17,7 +17,6 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from biasunlearn_trainer.checkpoints import (
     NO_SPACE,
@@ -35,23 +34,14 @@ from biasunlearn_trainer.checkpoints import (
 from biasunlearn_trainer.guards import REMEDY, TrainingFault
 from biasunlearn_trainer.models import keeping_frozen
 from biasunlearn_trainer.reference import PrecomputedReference
-from biasunlearn_trainer.sharding import is_fsdp
+from biasunlearn_trainer.run_files import STATE_FILE
+from biasunlearn_trainer.sharding import backend
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
 MASK_FILE = "saliency_mask.safetensors"
 REFERENCE_FILE = "reference.safetensors"
 SUMS_FILE = "log_sums.json"
-
-
-def backend() -> str:
-    """How this launch spreads a model: `whole` (one process or DDP), `ZeRO-2`, `ZeRO-3` or `FSDP`."""
-    if hf_deepspeed.is_deepspeed_zero3_enabled():
-        return "ZeRO-3"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return "ZeRO-2"
-    return "FSDP" if is_fsdp() else "whole"
 
 
 def model_name(name_or_path: str) -> str:

@@ -18,10 +18,10 @@ from biasunlearn_trainer.eval.report.cases import NUM_CASES, cases_markdown, sav
 from biasunlearn_trainer.eval.report.figure import draw_report
 from biasunlearn_trainer.eval.report.table import gap_table, groups_table, markdown_table, notes, paired_table
 from biasunlearn_trainer.eval.schema import write_text
+from biasunlearn_trainer.run_files import CASES_FOLDER, FIGURE_FILE, REPORT_FILE, RESULTS_FILE
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE, REPORT_FILE, FIGURE_FILE, CASES_FOLDER = "results.json", "report.md", "report.png", "cases"
 # A longer table of item-by-item changes is no longer read.
 MAX_PAIRED_ROWS = 40
 

@@ -1,0 +1,10 @@
+"""What a run's files are called; whoever writes, reads, tabulates or publishes a run says these names."""
+
+RESOLVED_FILE = "recipe.resolved.yaml"
+"""Every setting of the run."""
+ENVIRONMENT_FILE = "environment.json"
+"""Versions, seed, model and data."""
+RESULTS_FILE = "results.json"
+STATE_FILE = "trainer_state.json"
+"""Written by `transformers.Trainer`: the log, with what probes measured."""
+REPORT_FILE, FIGURE_FILE, CASES_FOLDER = "report.md", "report.png", "cases"
