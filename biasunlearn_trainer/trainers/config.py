@@ -33,6 +33,24 @@ def check_positive(name: str, value: float, default: float) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}. Use {default}, the paper's value.")
 
 
+def liger_settings(given: dict[str, bool] | None) -> dict[str, bool]:
+    """What liger-kernel may replace: layers, but neither the head nor the loss, which are this library's own.
+
+    Its fused cross-entropy makes no logits, and the forward pass that it puts in a model's place fails on a choice of
+    positions.
+
+    Raises:
+        ValueError: where one of the two was asked for.
+    """
+    own = ("fused_linear_cross_entropy", "cross_entropy")
+    for name in own:
+        if (given or {}).get(name):
+            raise ValueError(
+                f"liger_kernel_config: {name} replaces a loss that unlearning does not take. Leave it out."
+            )
+    return {**(given or {}), **dict.fromkeys(own, False)}
+
+
 @dataclass
 class UnlearnConfig(TrainingArguments):
     """Settings that all unlearning trainers share.
@@ -215,6 +233,8 @@ class UnlearnConfig(TrainingArguments):
         if self.probe_steps < 1:
             raise ValueError(f"`probe_steps` must be at least 1, got {self.probe_steps}.")
         super().__post_init__()
+        if self.use_liger_kernel:
+            self.liger_kernel_config = liger_settings(self.liger_kernel_config)
         if self.activation_checkpointing:
             # Reentrant checkpointing with two forward passes before one backward is silently wrong on one process and
             # raises under DDP and ZeRO-2.
