@@ -33,7 +33,7 @@ def check_positive(name: str, value: float, default: float) -> None:
         raise ValueError(f"`{name}` must be positive, got {value}. Use {default}, the paper's value.")
 
 
-def liger_settings(given: dict[str, bool] | None) -> dict[str, bool]:
+def liger_settings(given: dict[str, bool] | str | None) -> dict[str, bool]:
     """What liger-kernel may replace: layers, but neither the head nor the loss, which are this library's own.
 
     Its fused cross-entropy makes no logits, and the forward pass that it puts in a model's place fails on a choice of
@@ -42,13 +42,11 @@ def liger_settings(given: dict[str, bool] | None) -> dict[str, bool]:
     Raises:
         ValueError: where one of the two was asked for.
     """
+    given = json.loads(given) if isinstance(given, str) else given or {}
     own = ("fused_linear_cross_entropy", "cross_entropy")
-    for name in own:
-        if (given or {}).get(name):
-            raise ValueError(
-                f"liger_kernel_config: {name} replaces a loss that unlearning does not take. Leave it out."
-            )
-    return {**(given or {}), **dict.fromkeys(own, False)}
+    if asked := [name for name in own if given.get(name)]:
+        raise ValueError(f"liger_kernel_config: {asked[0]} replaces a loss that no method here takes. Leave it out.")
+    return {**given, **dict.fromkeys(own, False)}
 
 
 @dataclass
