@@ -18,34 +18,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import Any, TypeVar
 
 import numpy as np
-from datasets import Dataset, Features, Image, IterableDataset, List
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
+
+from biasunlearn_trainer.lengths import LENGTH_COLUMN, has_column, image_counts, row_lengths
+from biasunlearn_trainer.orders import by_length, order
 
 FORGET = "forget"
 
 Batch = TypeVar("Batch")
-
-
-def order(length: int, *key: int | str) -> np.ndarray:
-    """A permutation of `range(length)`, the same for the same key on every machine.
-
-    Args:
-        length: number of rows.
-        key: seed, stream, epoch: whatever the order shall depend on.
-
-    Example:
-        >>> sorted(order(4, 42, "forget", 0).tolist())
-        [0, 1, 2, 3]
-        >>> (order(4, 42, "forget", 0) == order(4, 42, "forget", 0)).all()
-        np.True_
-    """
-    words = [int.from_bytes(str(part).encode(), "little") for part in key]
-    return np.random.default_rng(np.random.SeedSequence(words)).permutation(length)
 
 
 def has_images(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -53,14 +39,7 @@ def has_images(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
     No picture is decoded.
     """
-    if not isinstance(rows, Dataset):
-        return np.array([bool(row.get("images")) for row in rows])
-    if "images" not in rows.column_names:
-        return np.zeros(len(rows), dtype=bool)
-    column = rows.select_columns("images")
-    if isinstance(rows.features["images"], List):
-        column = column.cast(Features(images=List(Image(decode=False))))
-    return np.array([bool(images) for images in column["images"]])
+    return image_counts(rows) > 0
 
 
 class _Stream:
@@ -68,21 +47,43 @@ class _Stream:
 
     Rows are laid out in blocks, one per optimizer step, each of one modality; every modality's rows are gone
     through in orders of their own.
+
+    Args:
+        name: of the stream.
+        rows: its set.
+        seed: what the orders depend on.
+        rows_per_step: rows in a block.
+        lengths: (n,) of the rows, to put those of like length into one block; None leaves them shuffled.
     """
 
-    def __init__(self, name: str, rows: Sequence[Mapping[str, Any]], seed: int, rows_per_step: int):
-        self.name, self.rows, self.seed, self.rows_per_step = name, rows, seed, rows_per_step
-        self._order = lru_cache(maxsize=16)(self._order_of)
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        seed: int,
+        rows_per_step: int,
+        lengths: np.ndarray | None = None,
+    ):
+        self.name, self.rows, self.seed, self.rows_per_step, self.lengths = name, rows, seed, rows_per_step, lengths
+        self._forget_orders()
+
+    def _forget_orders(self) -> None:
+        # Two modalities on either side of where an epoch or cycle ends: more are never asked for in turn.
+        self._order, self._shuffled = lru_cache(maxsize=2)(self._order_of), lru_cache(maxsize=4)(self._shuffled_of)
 
     @cached_property
     def modalities(self) -> list[np.ndarray]:
-        """Row numbers with images and without, each where there are any."""
+        """(n,) int32 row numbers with images and without, each where there are any."""
         pictured = has_images(self.rows)
-        return [indices for indices in (np.flatnonzero(pictured), np.flatnonzero(~pictured)) if len(indices)]
+        found = (np.flatnonzero(pictured), np.flatnonzero(~pictured))
+        return [indices.astype(np.int32) for indices in found if len(indices)]
+
+    def _blocks(self, modality: int) -> int:
+        return -(-len(self.modalities[modality]) // self.rows_per_step)
 
     @property
     def blocks_per_epoch(self) -> int:
-        return sum(-(-len(indices) // self.rows_per_step) for indices in self.modalities)
+        return sum(map(self._blocks, range(len(self.modalities))))
 
     def draws_per_epoch(self, multiple_of: int) -> int:
         """As many as there are rows, filled up from the start of the order to a multiple.
@@ -96,15 +97,15 @@ class _Stream:
     def once(self, epoch: int, position: int) -> int:
         """The row at a position of an epoch in which every row comes once."""
         block, place = divmod(position, self.rows_per_step)
-        # The blocks of both modalities, shuffled: entry k is (modality, number among its blocks).
-        labels = [(m, k) for m, ix in enumerate(self.modalities) for k in range(-(-len(ix) // self.rows_per_step))]
+        modality, number = 0, block
         if len(self.modalities) > 1:
-            modality, number = labels[self._order(len(labels), "blocks", epoch)[block]]
-        else:
-            modality, number = 0, block
-        indices = self.modalities[modality]
-        shuffled = self._order(len(indices), modality, epoch)
-        return int(indices[shuffled[(number * self.rows_per_step + place) % len(indices)]])
+            # The blocks of both modalities, shuffled: those of the first have the first numbers.
+            number = int(self._order(self.blocks_per_epoch, "blocks", epoch)[block])
+            if number >= self._blocks(0):
+                modality, number = 1, number - self._blocks(0)
+        start = epoch * self._blocks(modality) * self.rows_per_step
+        rows = self._shuffled(modality, epoch, start)
+        return int(rows[(number * self.rows_per_step + place) % len(rows)])
 
     def cycled(self, position: int) -> int:
         """The row at a position, where the set is gone through again and again.
@@ -116,9 +117,17 @@ class _Stream:
         first, total = len(self.modalities[0]), len(self.rows)
         before, through = block * first // total, (block + 1) * first // total
         modality, number = (0, before) if through > before else (1, block - before)
+        length = len(self.modalities[modality])
+        cycle, offset = divmod(number * self.rows_per_step + place, length)
+        return int(self._shuffled(modality, cycle, cycle * length)[offset])
+
+    def _shuffled_of(self, modality: int, cycle: int, start: int) -> np.ndarray:
+        """(n,) int32 the rows of a modality in the order of an epoch or cycle that begins at the place `start`."""
         indices = self.modalities[modality]
-        cycle, offset = divmod(number * self.rows_per_step + place, len(indices))
-        return int(indices[self._order(len(indices), modality, cycle)[offset]])
+        shuffled = self._order_of(len(indices), modality, cycle)
+        if self.lengths is not None:
+            shuffled = by_length(shuffled, self.lengths[indices], start, self.rows_per_step, self.seed)
+        return indices[shuffled]
 
     def _order_of(self, length: int, *key: int | str) -> np.ndarray:
         return order(length, self.seed, self.name, *key)
@@ -127,10 +136,11 @@ class _Stream:
         return {**self.rows[index], "index": index}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_order"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_order", "_shuffled")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _order=lru_cache(maxsize=16)(self._order_of))
+        self.__dict__.update(state)
+        self._forget_orders()
 
 
 class PairedStreams(TorchDataset):
@@ -145,9 +155,11 @@ class PairedStreams(TorchDataset):
             at a time: each needs its share of the last batch.
         rows_per_draw: how many rows of a cycled stream stand beside one of the forget set; 1 where not named. With the
             share 1/2 every second draw has one, and the first of every micro-batch does.
+        length_column: put rows of like length into one optimizer step (`by_length`): the name of the column with their
+            lengths, in the sets that have one; the others' are counted in characters. None leaves rows shuffled.
 
     Raises:
-        ValueError: where a stream is empty, or an aligned one has another length than its leader.
+        ValueError: where a stream is empty, an aligned one has another length than its leader, or a length is none.
         TypeError: for a dataset without length and index.
 
     Example:
@@ -165,6 +177,7 @@ class PairedStreams(TorchDataset):
         aligned: Mapping[str, str] | None = None,
         multiple_of: int = 1,
         rows_per_draw: Mapping[str, Fraction] | None = None,
+        length_column: str | None = None,
     ):
         self.aligned = {name: leader for name, leader in (aligned or {}).items() if name in datasets}
         for name, rows in datasets.items():
@@ -182,12 +195,25 @@ class PairedStreams(TorchDataset):
                     "answers row i of the other, so their numbers must agree."
                 )
         self.rows_per_draw = {name: Fraction((rows_per_draw or {}).get(name, 1)) for name in datasets}
+        lengths = self._lengths(datasets, length_column) if length_column is not None else {}
         self.streams = {
-            name: _Stream(name, rows, seed, int(rows_per_step * self.rows_per_draw[name]))
+            name: _Stream(name, rows, seed, int(rows_per_step * self.rows_per_draw[name]), lengths.get(name))
             for name, rows in datasets.items()
         }
         self.rows_per_step = rows_per_step
         self.draws_per_epoch = self.streams[FORGET].draws_per_epoch(multiple_of)
+
+    def _lengths(self, datasets: Mapping[str, Sequence[Mapping[str, Any]]], column: str) -> dict[str, np.ndarray]:
+        """The lengths of each leader's rows: of a row and those that come with it, the longest."""
+        if column != LENGTH_COLUMN and not any(has_column(rows, column) for rows in datasets.values()):
+            raise ValueError(f"None of the sets ({', '.join(datasets)}) has the column of lengths {column!r}.")
+        lengths: dict[str, np.ndarray] = {}
+        for leader in datasets.keys() - self.aligned.keys():
+            group = [rows for name, rows in datasets.items() if self.aligned.get(name, name) == leader]
+            # Lengths in the column's unit cannot be compared with characters.
+            unit = column if all(has_column(rows, column) for rows in group) else None
+            lengths[leader] = reduce(np.maximum, (row_lengths(rows, unit) for rows in group))
+        return lengths
 
     def __len__(self) -> int:
         return self.draws_per_epoch

@@ -23,7 +23,9 @@ OURS = {
     "groups": ("sharding",),
     "adapters": (),
     "models": ("adapters", "groups", "models", "sharding"),
-    "streams": ("streams",),
+    "lengths": (),
+    "orders": (),
+    "streams": ("lengths", "orders", "streams"),
     "sharding": (),
     "untouched": (),
     "completions": ("losses", "completions"),
@@ -53,6 +55,7 @@ OURS = {
     "trainers": (
         "cache",
         "image_features",
+        "lengths",
         "losses",
         "models",
         "streams",

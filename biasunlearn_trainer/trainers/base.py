@@ -175,6 +175,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking
                     name: Fraction(size, args.per_device_train_batch_size)
                     for name, size in self.batch_sizes(args).items()
                 },
+                length_column=args.length_column_name if args.train_sampling_strategy == "group_by_length" else None,
             ),
             data_collator=StreamCollator(self.collator),
             eval_dataset=eval_dataset,

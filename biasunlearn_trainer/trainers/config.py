@@ -9,12 +9,14 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from biasunlearn_trainer.lengths import LENGTH_COLUMN
 from biasunlearn_trainer.reference import MODES
 from biasunlearn_trainer.reference_states import STATES_DTYPES
 from biasunlearn_trainer.saliency import FISHERS, SCOPES, SaliencySettings
 
 REDUCTIONS = ("sequence_mean", "token_mean")
 RETAIN_LOSSES = ("nll", "kl", "none")
+SAMPLING = ("random", "group_by_length")
 # The masks that a run builds itself; every other value of `saliency_mask` is a file.
 BUILT_MASKS = ("fisher", "random")
 
@@ -204,6 +206,21 @@ class UnlearnConfig(TrainingArguments):
             "pass; weights that a step leaves out are found by the trainer itself."
         },
     )
+    train_sampling_strategy: str = field(
+        default="random",
+        metadata={
+            "help": "In which order rows come: `random` (new every epoch, as in the papers), or `group_by_length`: as "
+            "random, with rows of like length in one optimizer step, in every stream at once, so that less is padding.",
+            "choices": [*SAMPLING],
+        },
+    )
+    length_column_name: str = field(
+        default=LENGTH_COLUMN,
+        metadata={
+            "help": "For `group_by_length`: the column with the rows' lengths, where a set has one. Else characters "
+            "are counted, and as many as 576 tokens have for a picture."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Columns are read by name by the collator; rows must reach it whole."},
@@ -221,6 +238,12 @@ class UnlearnConfig(TrainingArguments):
         if self.reference_dtype is not None:
             check_choice("reference_dtype", self.reference_dtype, tuple(STATES_DTYPES))
         check_choice("mask_scope", self.mask_scope, SCOPES)
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, SAMPLING)
+        if self.length_column_name != LENGTH_COLUMN and self.train_sampling_strategy != "group_by_length":
+            raise ValueError(
+                f"`length_column_name` has no effect with train_sampling_strategy={self.train_sampling_strategy!r}. "
+                "Set that to 'group_by_length', or leave it out."
+            )
         self.saliency_settings()
         if isinstance(self.module_groups, str):
             self.module_groups = json.loads(self.module_groups)
