@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Image, List
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from biasunlearn_trainer.models import base_model, has_fresh_adapter, tokenizer_of
+from biasunlearn_trainer.rows import pieces
 from biasunlearn_trainer.sharding import gathered
 
 DIGEST_BYTES = 8
@@ -46,9 +47,7 @@ def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     if isinstance(rows, Dataset):
         columns = [name for name in ("prompt", "completion", "images") if name in rows.column_names]
-        rows = rows.select_columns(columns)
-        if isinstance(rows.features.get("images"), List):
-            rows = rows.cast(Features({**rows.features, "images": List(Image(decode=False))}))
+        rows = (_with_files(row) for piece in pieces(rows, columns) for row in piece.to_pylist())
     for row in rows:
         for name in ("prompt", "completion", "images"):
             _feed(digest, row.get(name))
@@ -76,6 +75,12 @@ def processor_fingerprint(processing_class: ProcessorMixin | PreTrainedTokenizer
         "images": image_processor.to_dict() if image_processor is not None else None,
     }
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _with_files(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a set, with its pictures as {bytes, path}, also where the set names files alone."""
+    images = [{"bytes": None, "path": image} if isinstance(image, str) else image for image in row.get("images") or ()]
+    return {**row, "images": images} if images else row
 
 
 def _feed(digest: Any, value: Any) -> None:

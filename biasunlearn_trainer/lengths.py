@@ -10,18 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from biasunlearn_trainer.rows import Rows, has_column, image_counts, pieces
+
 LENGTH_COLUMN = "length"
 # LLaVA-1.5's 576 tokens at four characters each. It counts where rows have different numbers of pictures.
 CHARACTERS_PER_IMAGE = 2304
-# Rows of a memory-mapped set that are read at once: of a selection they are copied, pictures and all.
-READ_AT_ONCE = 256
-
-Rows = Sequence[Mapping[str, Any]]
-
-
-def has_column(rows: Rows, column: str) -> bool:
-    """Whether a set has a column; for a list of rows, whether every row has it."""
-    return column in rows.column_names if isinstance(rows, Dataset) else all(column in row for row in rows)
 
 
 def row_lengths(rows: Rows, column: str | None = LENGTH_COLUMN) -> np.ndarray:
@@ -42,35 +35,19 @@ def row_lengths(rows: Rows, column: str | None = LENGTH_COLUMN) -> np.ndarray:
         [8, 1]
     """
     if column is not None and has_column(rows, column):
-        values = _arrow(rows, column) if isinstance(rows, Dataset) else [pa.array([row[column] for row in rows])]
+        values = _column(rows, column) if isinstance(rows, Dataset) else [pa.array([row[column] for row in rows])]
         return np.concatenate([_checked(part, column) for part in values])
     lengths = image_counts(rows) * CHARACTERS_PER_IMAGE
     for name in ("prompt", "completion"):
         if isinstance(rows, Dataset):
-            lengths += np.concatenate([_characters(part) for part in _arrow(rows, name)])
+            lengths += np.concatenate([_characters(part) for part in _column(rows, name)])
         else:
             lengths += np.fromiter((_text_length(row[name]) for row in rows), np.int32, len(rows))
     return lengths
 
 
-def image_counts(rows: Rows) -> np.ndarray:
-    """(n,) int32 how many pictures each row has; none of them is decoded."""
-    if not isinstance(rows, Dataset):
-        return np.fromiter((len(row.get("images") or ()) for row in rows), np.int32, len(rows))
-    if not has_column(rows, "images"):
-        return np.zeros(len(rows), dtype=np.int32)
-    return np.concatenate([_list_lengths(part) for part in _arrow(rows, "images")])
-
-
-def _arrow(rows: Dataset, column: str) -> Iterator[pa.ChunkedArray]:
-    for table in rows.select_columns(column).with_format("arrow").iter(READ_AT_ONCE):
-        yield table.column(column)
-
-
-def _list_lengths(lists: pa.ChunkedArray) -> np.ndarray:
-    if pa.types.is_null(lists.type):
-        return np.zeros(len(lists), dtype=np.int32)
-    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int32)
+def _column(rows: Dataset, column: str) -> Iterator[pa.ChunkedArray]:
+    return (piece.column(column) for piece in pieces(rows, [column]))
 
 
 def _characters(texts: pa.ChunkedArray) -> np.ndarray:

@@ -26,8 +26,9 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-from biasunlearn_trainer.lengths import LENGTH_COLUMN, has_column, image_counts, row_lengths
+from biasunlearn_trainer.lengths import LENGTH_COLUMN, row_lengths
 from biasunlearn_trainer.orders import by_length, order
+from biasunlearn_trainer.rows import RowReader, has_column, image_counts
 
 FORGET = "forget"
 
@@ -65,6 +66,7 @@ class _Stream:
         lengths: np.ndarray | None = None,
     ):
         self.name, self.rows, self.seed, self.rows_per_step, self.lengths = name, rows, seed, rows_per_step, lengths
+        self._reader = RowReader(rows)
         self._forget_orders()
 
     def _forget_orders(self) -> None:
@@ -133,7 +135,7 @@ class _Stream:
         return order(length, self.seed, self.name, *key)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], "index": index}
+        return {**self._reader[index], "index": index}
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_order", "_shuffled")}

@@ -41,6 +41,12 @@ def test_two_seeds_differ_and_one_repeats():
     assert make(0) != make(1)
 
 
+def test_a_seed_gives_the_rows_that_it_has_always_given():
+    streams = PairedStreams({"forget": rows(12), "retain": rows(5)}, seed=3, rows_per_step=4)
+    drawn = [(d["forget"][0], d["retain"][0]) for d in draws(streams, 1)]
+    assert drawn[:6] == [(0, 0), (9, 3), (7, 1), (1, 2), (2, 4), (11, 2)]
+
+
 def test_streams_of_equal_length_are_not_in_lockstep():
     pairs = draws(PairedStreams({"forget": rows(30), "retain": rows(30)}, 0, 4), 1)
     assert sum(d["forget"] == d["retain"] for d in pairs) < 10
@@ -157,3 +163,78 @@ def test_what_cannot_be_paired_is_refused():
         PairedStreams({"forget": rows(2), "retain": []}, 0, 2)
     with pytest.raises(TypeError, match="no length"):
         PairedStreams({"forget": Dataset.from_list(rows(2)).to_iterable_dataset()}, 0, 2)
+
+
+def of_lengths(lengths, name="x"):
+    return [{"prompt": "a" * int(length), "completion": name} for length in lengths]
+
+
+def varied(num, seed):
+    return np.random.default_rng(seed).integers(1, 300, num)
+
+
+def grouped(num_forget=1000, num_retain=700, rows_per_step=8, **settings):
+    sets = {"forget": of_lengths(varied(num_forget, 0)), "retain": of_lengths(varied(num_retain, 1))}
+    return PairedStreams(sets, 0, rows_per_step, length_column="length", **settings)
+
+
+def padding(streams, batch, epochs=2):
+    """Share of padding where a batch is as wide as the longest row of both streams, by draw."""
+    lengths = {name: np.array([len(row["prompt"]) for row in stream.rows]) for name, stream in streams.streams.items()}
+    chosen = [[lengths[name][i] for name in lengths for i in draw[name]] for draw in draws(streams, epochs)]
+    batches = [[n for d in chosen[i : i + batch] for n in d] for i in range(0, len(chosen), batch)]
+    return 1 - sum(map(sum, batches)) / sum(len(widths) * max(widths) for widths in batches)
+
+
+def test_batches_by_length_have_every_row_once_an_epoch_and_little_padding():
+    streams = grouped()
+    for epoch in range(2):
+        assert sorted(streams.indices(epoch * 1000 + d)["forget"][0] for d in range(1000)) == list(range(1000))
+    counts = Counter(d["retain"][0] for d in draws(streams, 7))
+    assert set(counts.values()) == {10}
+    sets = {name: stream.rows for name, stream in streams.streams.items()}
+    assert padding(streams, 8) < 0.15 < 0.4 < padding(PairedStreams(sets, 0, 8), 8)
+
+
+def test_batches_by_length_take_as_many_rows_of_each_stream_as_without():
+    settings = {"rows_per_draw": {"retain": Fraction(1, 2)}, "multiple_of": 4}
+    sets = {"forget": of_lengths(varied(30, 0)), "retain": rows(7) + rows(6, pictured=True)}
+    plain, by_length = (PairedStreams(sets, 0, 8, length_column=column, **settings) for column in (None, "length"))
+    first, second = draws(plain, 13), draws(by_length, 13)
+    assert [[len(rows) for rows in d.values()] for d in first] == [[len(rows) for rows in d.values()] for d in second]
+    pictured = [[d["retain"][0] >= 7 for d in drawn if d["retain"]] for drawn in (first, second)]
+    assert pictured[0] == pictured[1]
+    counts = Counter(row for d in second for row in d["retain"])
+    assert max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_batches_by_length_do_not_depend_on_processes_or_on_where_a_run_was_resumed():
+    alone, four = grouped(), grouped(multiple_of=8)
+    assert draws(alone, 2) == draws(four, 2)
+    resumed = grouped()
+    assert [resumed.indices(d) for d in range(1234, 1300)] == [alone.indices(d) for d in range(1234, 1300)]
+    assert draws(pickle.loads(pickle.dumps(alone)), 1) == draws(alone, 1)
+
+
+def test_the_first_step_has_the_longest_row_of_every_stream():
+    streams = grouped()
+    for name, stream in streams.streams.items():
+        first = [len(stream.rows[i]["prompt"]) for d in range(8) for i in streams.indices(d)[name]]
+        assert max(first) == max(len(row["prompt"]) for row in stream.rows)
+
+
+def test_a_row_is_as_long_as_the_longest_of_those_that_come_with_it():
+    sets = {"forget": of_lengths([1] * 400), "preferred": of_lengths(varied(400, 0)), "retain": rows(50)}
+    streams = PairedStreams(sets, 0, 4, aligned={"preferred": "forget"}, length_column="length")
+    assert all(d["forget"] == d["preferred"] for d in draws(streams, 2))
+    lengths = np.array([len(sets["preferred"][d["preferred"][0]]["prompt"]) for d in draws(streams, 2)]).reshape(-1, 4)
+    assert np.ptp(lengths, axis=1).mean() < 30 < np.ptp(varied(400, 0).reshape(-1, 4), axis=1).mean()
+
+
+def test_lengths_are_read_from_a_column_of_the_sets_that_have_it():
+    tokens = [{"prompt": "a", "completion": "b", "tokens": 1 + i % 2} for i in range(400)]
+    streams = PairedStreams({"forget": tokens, "retain": rows(20)}, 0, 4, length_column="tokens")
+    drawn = np.array([d["forget"][0] % 2 for d in draws(streams, 1)]).reshape(-1, 4)
+    assert (np.ptp(drawn, axis=1) == 0).mean() > 0.9
+    with pytest.raises(ValueError, match=r"forget, retain.*'tokns'"):
+        PairedStreams({"forget": tokens, "retain": rows(20)}, 0, 4, length_column="tokns")

@@ -1,0 +1,70 @@
+"""Sets as they lie on disk: read piece by piece, without decoding pictures that nobody asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Image, List
+
+# Rows that are read at once: of a selection they are copied, pictures and all.
+READ_AT_ONCE = 256
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def has_column(rows: Rows, column: str) -> bool:
+    """Whether a set has a column; for a list of rows, whether every row has it."""
+    return column in rows.column_names if isinstance(rows, Dataset) else all(column in row for row in rows)
+
+
+def has_encoded_images(rows: Rows) -> bool:
+    """Whether pictures lie in the set encoded, in lists, and rows are given out as they are."""
+    feature = rows.features.get("images") if isinstance(rows, Dataset) else None
+    return isinstance(feature, List) and isinstance(feature.feature, Image) and rows.format["type"] is None
+
+
+def pieces(rows: Dataset, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """The columns of a set, a few rows at a time; pictures as {bytes, path}."""
+    yield from rows.select_columns(list(columns)).with_format("arrow").iter(READ_AT_ONCE)
+
+
+def image_counts(rows: Rows) -> np.ndarray:
+    """(n,) int32 how many pictures each row has; none of them is decoded."""
+    if not isinstance(rows, Dataset):
+        return np.fromiter((len(row.get("images") or ()) for row in rows), np.int32, len(rows))
+    if not has_column(rows, "images"):
+        return np.zeros(len(rows), dtype=np.int32)
+    return np.concatenate([_list_lengths(piece.column("images")) for piece in pieces(rows, ["images"])])
+
+
+def _list_lengths(lists: pa.ChunkedArray) -> np.ndarray:
+    if pa.types.is_null(lists.type):
+        return np.zeros(len(lists), dtype=np.int32)
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int32)
+
+
+class RowReader:
+    """Rows of a set by number, each picture decoded once.
+
+    `datasets` decodes the first picture of a row twice, to see whether it needs to.
+
+    Args:
+        rows: the set.
+    """
+
+    def __init__(self, rows: Rows):
+        self._encoded = has_encoded_images(rows)
+        self._rows = rows.with_format("arrow") if self._encoded else rows
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        if not self._encoded:
+            return self._rows[index]
+        (row,) = self._rows[index].to_pylist()
+        feature = self._rows.features["images"].feature
+        if feature.decode and row["images"]:
+            row["images"] = [feature.decode_example(image) for image in row["images"]]
+        return row
