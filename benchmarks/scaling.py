@@ -223,7 +223,11 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     disable_progress_bar()
-    print("| stage | " + " | ".join(f"{size:,} rows" for size in args.sizes) + " | a row, last to one before | bytes a row |")
+    print(
+        "| stage | "
+        + " | ".join(f"{size:,} rows" for size in args.sizes)
+        + " | a row, last to one before | bytes a row |"
+    )
     print("|---" * (len(args.sizes) + 3) + "|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)

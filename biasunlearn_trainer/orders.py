@@ -46,26 +46,25 @@ def by_length(shuffled: np.ndarray, lengths: np.ndarray, start: int, rows_per_st
         seed: what ranks depend on.
 
     Returns:
-        (n,) the permutation, regrouped.
+        (n,) int32 the permutation, regrouped.
 
     Example:
         >>> lengths = np.array([5, 9] * 8)
         >>> lengths[by_length(order(16, 1), lengths, start=0, rows_per_step=2, seed=0)].tolist()
         [9, 9, 5, 5, 9, 9, 5, 5, 9, 9, 5, 5, 9, 9, 5, 5]
     """
+    grouped = shuffled.astype(np.int32)
     if start == 0:
-        shuffled = shuffled.copy()
-        longest = lengths[shuffled].argmax()
-        shuffled[[0, longest]] = shuffled[[longest, 0]]
-    steps = (start + np.arange(len(shuffled))) // rows_per_step
-    per_window = max(1, min(WINDOW, len(shuffled) // (FEWEST_WINDOWS * rows_per_step)))
-    windows = steps // per_window
-    # Sorting is stable: rows of one length stay shuffled, places of one step in a row.
-    places = np.lexsort((_ranks(steps, seed), windows))
-    rows = np.lexsort((lengths[shuffled], windows))
-    regrouped = np.empty_like(shuffled)
-    regrouped[places] = shuffled[rows]
-    return regrouped
+        longest = lengths[grouped].argmax()
+        grouped[[0, longest]] = grouped[[longest, 0]]
+    window = max(1, min(WINDOW, len(grouped) // (FEWEST_WINDOWS * rows_per_step))) * rows_per_step
+    for first in range(-(start % window), len(grouped), window):
+        part = grouped[max(first, 0) : first + window]
+        steps = (start + max(first, 0) + np.arange(len(part))) // rows_per_step
+        # Sorting is stable: rows of one length stay shuffled, places of one step in a row.
+        places = np.argsort(_ranks(steps, seed), kind="stable")
+        part[places] = part[np.argsort(lengths[part], kind="stable")]
+    return grouped
 
 
 def _ranks(steps: np.ndarray, seed: int) -> np.ndarray:

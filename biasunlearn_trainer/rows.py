@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,61 @@ def image_counts(rows: Rows) -> np.ndarray:
     if not has_column(rows, "images"):
         return np.zeros(len(rows), dtype=np.int32)
     return np.concatenate([_list_lengths(piece.column("images")) for piece in pieces(rows, ["images"])])
+
+
+@dataclass(frozen=True)
+class Categories:
+    """One of a few words for each row.
+
+    Attributes:
+        names: the words that occur, in order of the alphabet; "" for rows that have none.
+        codes: (n,) int32 each row's place among them.
+    """
+
+    names: list[str]
+    codes: np.ndarray
+
+    @classmethod
+    def of(cls, words: Iterable[str | None]) -> Categories:
+        """The categories of a list of words.
+
+        Example:
+            >>> found = Categories.of(["race", None, "age", "race"])
+            >>> found.names, found.codes.tolist()
+            (['', 'age', 'race'], [2, 0, 1, 2])
+        """
+        places: dict[str, int] = {}
+        codes = np.fromiter((places.setdefault(word or "", len(places)) for word in words), np.int32)
+        names = sorted(places)
+        rank = np.empty(len(names), np.int32)
+        rank[[places[name] for name in names]] = np.arange(len(names))
+        return cls(names, rank[codes])
+
+    @classmethod
+    def of_column(cls, rows: Rows, column: str) -> Categories:
+        """Those that a set's column holds; of a set without it, all "" ."""
+        if not isinstance(rows, Dataset):
+            return cls.of(row.get(column) for row in rows)
+        if not has_column(rows, column):
+            return cls([""], np.zeros(len(rows), np.int32))
+        return cls.of(word for piece in pieces(rows, [column]) for word in piece.column(column).to_pylist())
+
+    def among(self, names: Sequence[str]) -> np.ndarray:
+        """(n,) int32 each row's place among other names, -1 where it is none of them."""
+        places = {name: place for place, name in enumerate(names)}
+        return np.array([places.get(name, -1) for name in self.names], np.int32)[self.codes]
+
+
+def id_column(rows: Rows, column: str) -> pa.ChunkedArray | None:
+    """The ids that a column holds, as text, or None unless every row has one."""
+    if not isinstance(rows, Dataset):
+        ids = [row.get(column) for row in rows]
+        return None if any(key is None for key in ids) else pa.chunked_array([pa.array(map(str, ids), pa.string())])
+    if not has_column(rows, column):
+        return None
+    parts = [piece.column(column).cast(pa.string()) for piece in pieces(rows, [column])]
+    ids = pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
+    return ids if ids.null_count == 0 else None
 
 
 def _list_lengths(lists: pa.ChunkedArray) -> np.ndarray:

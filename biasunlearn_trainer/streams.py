@@ -22,13 +22,14 @@ from functools import cached_property, lru_cache, reduce
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from biasunlearn_trainer.lengths import LENGTH_COLUMN, row_lengths
 from biasunlearn_trainer.orders import by_length, order
-from biasunlearn_trainer.rows import RowReader, has_column, image_counts
+from biasunlearn_trainer.rows import RowReader, has_column, id_column, image_counts
 
 FORGET = "forget"
 
@@ -250,7 +251,7 @@ def align(forget: Sequence[Mapping[str, Any]], rows: Any, name: str) -> Any:
     Raises:
         ValueError: where a forget row has no partner or two, or the sets differ in length and have no `pair_id`.
     """
-    keys, partners = _pair_ids(forget), _pair_ids(rows)
+    keys, partners = (id_column(each, "pair_id") for each in (forget, rows))
     if keys is None or partners is None:
         if len(forget) != len(rows):
             raise ValueError(
@@ -258,23 +259,16 @@ def align(forget: Sequence[Mapping[str, Any]], rows: Any, name: str) -> Any:
                 "them by. Give one row for each forget row, or the column."
             )
         return rows
-    places = {key: i for i, key in enumerate(partners)}
-    if len(places) != len(partners):
+    if pc.count_distinct(partners).as_py() != len(partners):
         raise ValueError(f"The {name} set uses a `pair_id` twice; each names the one partner of a forget row.")
-    missing = [key for key in keys if key not in places]
-    if missing:
-        raise ValueError(f"{len(missing)} forget rows have no {name} row of their `pair_id`; the first: {missing[:5]}.")
-    chosen = [places[key] for key in keys]
+    places = pc.index_in(keys, value_set=partners)
+    if places.null_count:
+        missing = keys.filter(places.is_null())[:5].to_pylist()
+        raise ValueError(
+            f"{places.null_count} forget rows have no {name} row of their `pair_id`; the first: {missing}."
+        )
+    chosen = places.to_numpy()
     return rows.select(chosen) if isinstance(rows, Dataset) else [rows[i] for i in chosen]
-
-
-def _pair_ids(rows: Sequence[Mapping[str, Any]]) -> list | None:
-    """The rows' `pair_id`s, or None unless every row has one."""
-    if isinstance(rows, Dataset):
-        ids = list(rows["pair_id"]) if "pair_id" in rows.column_names else [None]
-    else:
-        ids = [row.get("pair_id") for row in rows]
-    return None if any(key is None for key in ids) else ids
 
 
 class DrawSampler(Sampler[int]):

@@ -9,7 +9,8 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
-from biasunlearn_trainer.streams import DrawSampler, PairedStreams, align, has_images, modality_batches, order
+from biasunlearn_trainer.orders import order
+from biasunlearn_trainer.streams import DrawSampler, PairedStreams, align, has_images, modality_batches
 
 
 def rows(num, pictured=False):

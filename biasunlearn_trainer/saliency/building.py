@@ -21,9 +21,10 @@ from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
 from biasunlearn_trainer.models import without_dropout
+from biasunlearn_trainer.orders import order
 from biasunlearn_trainer.saliency.fisher import PerSampleFisher, add_squared_gradients, empty_sums
 from biasunlearn_trainer.saliency.masks import SaliencyMask
-from biasunlearn_trainer.streams import modality_batches, order
+from biasunlearn_trainer.streams import modality_batches
 from biasunlearn_trainer.version import __version__
 
 logger = logging.getLogger(__name__)

@@ -6,13 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 
 from biasunlearn_trainer.collators import choose_rows
 from biasunlearn_trainer.losses import npo_biasunlearn_loss, npo_loss
-from biasunlearn_trainer.streams import align, order
+from biasunlearn_trainer.orders import order
+from biasunlearn_trainer.rows import Categories
+from biasunlearn_trainer.streams import align
 from biasunlearn_trainer.trainers.base import KLConfig, Rows, UnlearnConfig, UnlearnTrainer
 from biasunlearn_trainer.trainers.config import check_choice, check_positive
 from biasunlearn_trainer.trainers.steering import BiasReading, BiasSteering, SteeringRule
@@ -157,10 +160,10 @@ class BiasUnlearnTrainer(UnlearnTrainer):
         super().__init__(*args, **kwargs)
         self.warn_if_cut({"published_code"})
         sets = self.train_dataset.streams
-        self.bias_types = sorted({bias_type for stream in sets.values() for bias_type in _types(stream.rows)} - {""})
-        codes = {bias_type: code for code, bias_type in enumerate(self.bias_types)}
+        types = {name: Categories.of_column(stream.rows, "bias_type") for name, stream in sets.items()}
+        self.bias_types = sorted({bias_type for of_set in types.values() for bias_type in of_set.names} - {""})
         self._codes = {
-            name: torch.tensor([codes[bias_type] for bias_type in _types(sets[name].rows)])
+            name: torch.from_numpy(types[name].among(self.bias_types))
             for name in self.aligned_streams.values()
             if name + OTHER in sets
         }
@@ -215,7 +218,8 @@ class BiasUnlearnTrainer(UnlearnTrainer):
         if args.dynamic_swapping:
             anti_stereotypes = align(stereotypes, anti_stereotypes, "retain")
             _check_pairs(stereotypes, anti_stereotypes)
-        adversarial = draw_adversarial(_types(anti_stereotypes), args.adversarial_share, args.seed)
+        types = Categories.of_column(anti_stereotypes, "bias_type")
+        adversarial = draw_adversarial(types, args.adversarial_share, args.seed)
         streams = {"forget": _joined(stereotypes, anti_stereotypes, adversarial)}
         if args.dynamic_swapping:
             streams["forget" + OTHER] = _joined(anti_stereotypes, stereotypes, adversarial)
@@ -231,7 +235,7 @@ class BiasUnlearnTrainer(UnlearnTrainer):
         for name, inputs in batch.items():
             if name in self._codes:
                 swapped = torch.tensor([bias_type in self.swapped for bias_type in self.bias_types])
-                is_other = swapped[self._codes[name][inputs["index"].cpu()]]
+                is_other = swapped[self._codes[name][inputs["index"].cpu()].long()]
                 other = batch[name + OTHER]
                 # In the table of references the rows of the other side stand behind all those of this one.
                 other = {**other, "index": other["index"] + len(self._codes[name])}
@@ -261,11 +265,11 @@ class BiasUnlearnTrainer(UnlearnTrainer):
         return terms
 
 
-def draw_adversarial(bias_types: Sequence[str], share: float, seed: int) -> list[int]:
+def draw_adversarial(bias_types: Categories, share: float, seed: int) -> np.ndarray:
     """Draw rows of the retain set that are to be forgotten too, of every bias type the same share.
 
     Args:
-        bias_types: of each row; "" where it has none.
+        bias_types: of each row.
         share: of each type's rows, 0 to 1, rounded to whole rows.
         seed: what the draw depends on.
 
@@ -273,39 +277,28 @@ def draw_adversarial(bias_types: Sequence[str], share: float, seed: int) -> list
         Row numbers, ascending.
 
     Example:
-        >>> drawn = draw_adversarial(["race"] * 8 + ["gender"] * 4, 0.25, seed=0)
-        >>> len(drawn), sum(row < 8 for row in drawn)
+        >>> drawn = draw_adversarial(Categories.of(["race"] * 8 + ["gender"] * 4), 0.25, seed=0)
+        >>> len(drawn), int(sum(drawn < 8))
         (3, 2)
     """
-    members: dict[str, list[int]] = {}
-    for row, bias_type in enumerate(bias_types):
-        members.setdefault(bias_type, []).append(row)
-    drawn = []
-    for bias_type, rows in members.items():
+    drawn = np.zeros(len(bias_types.codes), dtype=bool)
+    for code, bias_type in enumerate(bias_types.names):
+        rows = np.flatnonzero(bias_types.codes == code)
         shuffled = order(len(rows), seed, "adversarial", bias_type)
-        drawn += [rows[i] for i in shuffled[: round(share * len(rows))]]
-    return sorted(drawn)
-
-
-def _types(rows: Rows) -> list[str]:
-    """Each row's bias type, "" where it has none."""
-    if isinstance(rows, Dataset):
-        column = rows["bias_type"] if "bias_type" in rows.column_names else [None] * len(rows)
-    else:
-        column = [row.get("bias_type") for row in rows]
-    return [bias_type or "" for bias_type in column]
+        drawn[rows[shuffled[: round(share * len(rows))]]] = True
+    return np.flatnonzero(drawn)
 
 
 def _check_pairs(stereotypes: Rows, anti_stereotypes: Rows) -> None:
     """Swapping goes by bias type, so every row must have one, and both sides of a pair the same."""
-    first, second = _types(stereotypes), _types(anti_stereotypes)
-    without = [row for row, bias_type in enumerate(first) if not bias_type]
-    parted = [row for row, sides in enumerate(zip(first, second, strict=True)) if len(set(sides)) > 1]
+    first, second = (Categories.of_column(rows, "bias_type") for rows in (stereotypes, anti_stereotypes))
+    without = np.flatnonzero(first.among([""]) == 0)
+    parted = np.flatnonzero(second.among(first.names) != first.codes)
     for rows, fault in ((without, "no `bias_type`"), (parted, "a retain row of another `bias_type`")):
-        if rows:
+        if len(rows):
             raise ValueError(
-                f"{len(rows)} of {len(first)} forget rows have {fault}, the first: row {rows[0]}. Roles are swapped by "
-                "bias type: complete the column, or set dynamic_swapping=False."
+                f"{len(rows)} of {len(first.codes)} forget rows have {fault}, the first: row {rows[0]}. Roles are "
+                "swapped by bias type: complete the column, or set dynamic_swapping=False."
             )
 
 

@@ -11,6 +11,7 @@ from biasunlearn_trainer import BiasReading, BiasUnlearnConfig
 from biasunlearn_trainer.collators import choose_rows
 from biasunlearn_trainer.completions import forward_completions
 from biasunlearn_trainer.losses import npo_biasunlearn_loss, npo_loss
+from biasunlearn_trainer.rows import Categories
 from biasunlearn_trainer.trainers.biasunlearn import draw_adversarial
 from biasunlearn_trainer.trainers.steering import SteeringRule
 
@@ -121,11 +122,12 @@ def test_the_adversarial_share_joins_the_forget_set(make_trainer):
 
 def test_the_adversarial_draw_is_stratified_and_seeded():
     types = ["race"] * 40 + ["gender"] * 10 + ["age"]
-    drawn = draw_adversarial(types, 0.25, seed=1)
+    drawn = draw_adversarial(Categories.of(types), 0.25, seed=1)
     counts = {name: sum(types[row] == name for row in drawn) for name in set(types)}
     assert counts == {"race": 10, "gender": 2, "age": 0}
-    assert drawn == draw_adversarial(types, 0.25, seed=1) != draw_adversarial(types, 0.25, seed=2)
-    assert draw_adversarial(types, 0.0, 0) == [] and len(draw_adversarial(types, 1.0, 0)) == 51
+    again, other = (draw_adversarial(Categories.of(types), 0.25, seed=seed).tolist() for seed in (1, 2))
+    assert drawn.tolist() == again != other
+    assert [len(draw_adversarial(Categories.of(types), share, 0)) for share in (0.0, 1.0)] == [0, 51]
 
 
 @pytest.mark.parametrize("swapped", [set(), {"race"}, {"race", "gender"}])
