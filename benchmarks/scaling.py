@@ -36,15 +36,13 @@ from biasunlearn_trainer.trainers.steering import BiasReading
 TYPES = ("gender", "profession", "race", "religion")
 STEPS = 50
 BATCH = 8
-PER_ROW = 1.15  # from one size to the next, at most, of what a row takes
-BYTES_PER_ROW = 64
 
 
 def texts(number: int, name: str) -> Iterator[dict[str, Any]]:
     """Short rows of different lengths."""
     for i in range(number):
         yield {
-            "prompt": f"{name} {i}: " + "who was late" * (1 + i * 7 % 4),
+            "prompt": f"{name} {i:06d}: " + "who was late" * (1 + i * 7 % 4),
             "completion": " nobody"[: 3 + i % 5],
             "pair_id": str(i),
             "bias_type": TYPES[i % len(TYPES)],
@@ -142,16 +140,10 @@ STAGES: dict[str, tuple[Callable, Callable]] = {
         lambda trainer: trainer.prepare_reference(),
     ),
     f"{STEPS} steps, by length": (
-        lambda *at: prepared(npo(*at)),
-        lambda trainer: super(type(trainer), trainer).train() and None,
+        lambda *at: trainer("ga_diff", *at, ("forget", "retain"), train_sampling_strategy="group_by_length"),
+        lambda trainer: trainer.train(),
     ),
 }
-
-
-def prepared(trainer: Any) -> Any:
-    """A trainer whose reference is there."""
-    trainer.prepare_reference()
-    return trainer
 
 
 def own_memory() -> int:
@@ -208,6 +200,12 @@ def measure(stage: str, folder: Path, number: int) -> tuple[float, int]:
         process.join()
 
 
+def least(stage: str, folder: Path, sizes: Sequence[int], rounds: int) -> dict[int, tuple[float, int]]:
+    """By size the seconds and bytes of a stage, of several rounds the least: what a busy machine adds is no cost."""
+    found = [{size: measure(stage, folder, size) for size in sizes} for _ in range(rounds)]
+    return {size: tuple(map(min, zip(*(each[size] for each in found), strict=True))) for size in sizes}
+
+
 def growth(sizes: Sequence[int], found: Mapping[int, tuple[float, int]]) -> tuple[float, float]:
     """From the size before last to the last: the ratio of seconds a row, and bytes that each further row takes."""
     (small, large), (before, after) = sizes[-2:], (found[size] for size in sizes[-2:])
@@ -218,21 +216,19 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--rounds", type=int, default=2, help="how often a stage runs; the least counts")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
     parser.add_argument("--folder", type=Path, help="where sets and references are written; a temporary one by default")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     disable_progress_bar()
-    print(
-        "| stage | "
-        + " | ".join(f"{size:,} rows" for size in args.sizes)
-        + " | a row, last to one before | bytes a row |"
-    )
+    sizes = " | ".join(f"{size:,} rows" for size in args.sizes)
+    print(f"| stage | {sizes} | time a row, last to one before | bytes a row |")
     print("|---" * (len(args.sizes) + 3) + "|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         for stage in args.stages:
-            found = {size: measure(stage, folder, size) for size in args.sizes}
+            found = least(stage, folder, args.sizes, args.rounds)
             cells = [f"{seconds:.2f} s, {peak / 2**20:.1f} MiB" for seconds, peak in found.values()]
             ratio, per_row = growth(args.sizes, found)
             print(f"| {stage} | " + " | ".join(cells) + f" | {ratio:.2f} | {per_row:.0f} |", flush=True)

@@ -311,6 +311,8 @@ def dealt_batches(
 ) -> list[tuple[list[int], bool]]:
     """Deals the batches of a set to processes that go in step, as sharded weights need it.
 
+    Rows of like length are put together, the longest first: nothing that a batch is for depends on its other rows.
+
     Args:
         rows: the set.
         batch_size: rows of a batch, at most.
@@ -321,7 +323,9 @@ def dealt_batches(
         Row numbers of each of the rank's batches, and whether they count, as `dealt` has it. At one place of the list
         all ranks have batches of one modality.
     """
-    return [mine for batches in _by_modality(rows, batch_size, None) for mine in dealt(batches, rank, num_ranks)]
+    longest_first = np.argsort(-row_lengths(rows, None), kind="stable")
+    by_modality = _by_modality(rows, batch_size, longest_first)
+    return [mine for batches in by_modality for mine in dealt(batches, rank, num_ranks)]
 
 
 def dealt(batches: Sequence[Batch], rank: int, num_ranks: int) -> Iterator[tuple[Batch, bool]]:

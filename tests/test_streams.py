@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 from torch.utils.data import DataLoader
 
 from biasunlearn_trainer.orders import order
-from biasunlearn_trainer.streams import DrawSampler, PairedStreams, align, has_images, modality_batches
+from biasunlearn_trainer.streams import DrawSampler, PairedStreams, align, dealt_batches, has_images, modality_batches
 
 
 def rows(num, pictured=False):
@@ -239,3 +239,15 @@ def test_lengths_are_read_from_a_column_of_the_sets_that_have_it():
     assert (np.ptp(drawn, axis=1) == 0).mean() > 0.9
     with pytest.raises(ValueError, match=r"forget, retain.*'tokns'"):
         PairedStreams({"forget": tokens, "retain": rows(20)}, 0, 4, length_column="tokns")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_dealt_batches_are_of_like_length_and_modality_and_come_by_every_row(num_ranks):
+    data = of_lengths(varied(50, 0)) + [{**row, "images": ["a.png"]} for row in of_lengths(varied(21, 1))]
+    dealt = [dealt_batches(data, 4, rank, num_ranks) for rank in range(num_ranks)]
+    assert sorted(row for mine in dealt for batch, counts in mine if counts for row in batch) == list(range(71))
+    for together in zip(*dealt, strict=True):
+        assert len({row >= 50 for batch, _ in together for row in batch}) == 1
+    texts = [max(len(data[row]["prompt"]) for row in batch) for mine in dealt for batch, _ in mine if batch[0] < 50]
+    shortest = [min(len(data[row]["prompt"]) for row in batch) for mine in dealt for batch, _ in mine if batch[0] < 50]
+    assert max(texts) == max(varied(50, 0)) and np.subtract(texts, shortest).mean() < 30

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from biasunlearn_trainer.lengths import row_lengths
 
 TEXT_TOKENS = 512
 """Length of a row's text where neither data nor `max_length` nor the plan says."""
@@ -103,25 +105,9 @@ def longest_draws(streams: Mapping[str, Any], leaders: Mapping[str, str], sizes:
     draw = {}
     for name, stream in streams.items():
         leader = leaders.get(name, name)
-        group = [_texts(streams[other].rows) for other in streams if leaders.get(other, other) == leader]
+        group = [streams[other].rows for other in streams if leaders.get(other, other) == leader]
+        lengths = np.maximum.reduce([row_lengths(rows, None) for rows in group])
         pictured = streams[leader].modalities[0]  # rows with pictures come first, and are the longer ones
-        lengths = {int(i): max(_characters(rows[int(i)]) for rows in group) for i in pictured}
-        longest = sorted(lengths, key=lengths.get, reverse=True)
-        wanted = sizes[name]
-        numbers = (longest * -(-wanted // len(longest)))[:wanted]
-        draw[name] = [{**stream.rows[i], "index": i} for i in numbers]
+        longest = pictured[np.argsort(-lengths[pictured], kind="stable")]
+        draw[name] = [{**stream.rows[int(i)], "index": int(i)} for i in np.resize(longest, sizes[name])]
     return [draw]
-
-
-def _texts(rows: Any) -> Any:
-    """The rows without their pictures, which need not be read."""
-    return rows.select_columns(["prompt", "completion"]) if isinstance(rows, Dataset) else rows
-
-
-def _characters(row: Mapping[str, Any]) -> int:
-    """Length of a row's text, plain or chat; pictures are not read."""
-    return sum(_length(row[name]) for name in ("prompt", "completion"))
-
-
-def _length(text: str | Sequence[dict]) -> int:
-    return len(text) if isinstance(text, str) else sum(len(str(message["content"])) for message in text)
