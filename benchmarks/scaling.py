@@ -177,6 +177,7 @@ class Peak:
 def _measure(stage: str, folder: Path, number: int, answer: Any) -> None:
     torch.set_num_threads(1)
     before, run = STAGES[stage]
+    sets(folder, number)  # written by the first stage, and part of none
     made = before(folder, number)
     with Peak() as peak:
         start = time.process_time()
@@ -227,6 +228,7 @@ def main() -> None:
     print("|---" * (len(args.sizes) + 3) + "|")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         for stage in args.stages:
             found = least(stage, folder, args.sizes, args.rounds)
             cells = [f"{seconds:.2f} s, {peak / 2**20:.1f} MiB" for seconds, peak in found.values()]

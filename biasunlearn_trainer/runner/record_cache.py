@@ -67,20 +67,23 @@ class RecordCache:
     def _records(self, task: Any, scorer: Scorer, answers: bool, model: str) -> list[dict]:
         if not len(task.rows):
             return task.run(scorer, answers=answers)
-        said = f"{model} {type(task).__qualname__} {task.name} {content_fingerprint(task.rows)}"
-        name = f"{hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}.json"
-        paths = [folder / name for folder in self.folders]
         # The main process decides for all: on another machine the file may be missing, and a task that some processes
         # run and others do not would wait forever.
-        is_main = PartialState().is_main_process
-        (known,) = broadcast_object_list([_read_any(paths) if is_main else None])
+        paths = self._paths(task, model) if PartialState().is_main_process else []
+        (known,) = broadcast_object_list([_read_any(paths)])
         if known is not None:
-            logger.info("%s: records of this model are known, %s", task.name, name)
+            logger.info("%s: the records of this model are known.", task.name)
         items = task.run(scorer, answers=answers) if known is None else known
-        for path in paths if is_main else ():
+        for path in paths:
             if not path.is_file():
                 write_text(path, json.dumps(items))
         return items
+
+    def _paths(self, task: Any, model: str) -> list[Path]:
+        """A task's file in each of the folders."""
+        said = f"{model} {type(task).__qualname__} {task.name} {content_fingerprint(task.rows)}"
+        name = f"{hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}.json"
+        return [folder / name for folder in self.folders]
 
     @staticmethod
     def _key_of(scorer: Scorer, answers: bool) -> str:
