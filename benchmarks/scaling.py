@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import biasunlearn_trainer  # noqa: F401  first: it mends torchvision beside a torch for the CPU
@@ -201,10 +202,10 @@ def measure(stage: str, folder: Path, number: int) -> tuple[float, int]:
         process.join()
 
 
-def least(stage: str, folder: Path, sizes: Sequence[int], rounds: int) -> dict[int, tuple[float, int]]:
-    """By size the seconds and bytes of a stage, of several rounds the least: what a busy machine adds is no cost."""
+def medians(stage: str, folder: Path, sizes: Sequence[int], rounds: int) -> dict[int, tuple[float, int]]:
+    """By size the seconds and bytes of a stage, medians of several rounds that go through the sizes in turn."""
     found = [{size: measure(stage, folder, size) for size in sizes} for _ in range(rounds)]
-    return {size: tuple(map(min, zip(*(each[size] for each in found), strict=True))) for size in sizes}
+    return {size: tuple(map(median, zip(*(each[size] for each in found), strict=True))) for size in sizes}
 
 
 def growth(sizes: Sequence[int], found: Mapping[int, tuple[float, int]]) -> tuple[float, float]:
@@ -217,7 +218,7 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--rounds", type=int, default=2, help="how often a stage runs; the least counts")
+    parser.add_argument("--rounds", type=int, default=3, help="how often a stage runs; medians count")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=[*STAGES])
     parser.add_argument("--folder", type=Path, help="where sets and references are written; a temporary one by default")
     args = parser.parse_args()
@@ -230,7 +231,7 @@ def main() -> None:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for stage in args.stages:
-            found = least(stage, folder, args.sizes, args.rounds)
+            found = medians(stage, folder, args.sizes, args.rounds)
             cells = [f"{seconds:.2f} s, {peak / 2**20:.1f} MiB" for seconds, peak in found.values()]
             ratio, per_row = growth(args.sizes, found)
             print(f"| {stage} | " + " | ".join(cells) + f" | {ratio:.2f} | {per_row:.0f} |", flush=True)

@@ -22,14 +22,13 @@ from functools import cached_property, lru_cache, reduce
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
 from biasunlearn_trainer.lengths import LENGTH_COLUMN, row_lengths
 from biasunlearn_trainer.orders import by_length, order
-from biasunlearn_trainer.rows import RowReader, has_column, id_column, image_counts
+from biasunlearn_trainer.rows import RowReader, has_column, id_digests, image_counts
 
 FORGET = "forget"
 
@@ -251,7 +250,7 @@ def align(forget: Sequence[Mapping[str, Any]], rows: Any, name: str) -> Any:
     Raises:
         ValueError: where a forget row has no partner or two, or the sets differ in length and have no `pair_id`.
     """
-    keys, partners = (id_column(each, "pair_id") for each in (forget, rows))
+    keys, partners = (id_digests(each, "pair_id") for each in (forget, rows))
     if keys is None or partners is None:
         if len(forget) != len(rows):
             raise ValueError(
@@ -259,15 +258,16 @@ def align(forget: Sequence[Mapping[str, Any]], rows: Any, name: str) -> Any:
                 "them by. Give one row for each forget row, or the column."
             )
         return rows
-    if pc.count_distinct(partners).as_py() != len(partners):
+    by_key = np.argsort(partners)
+    ranked = partners[by_key]
+    if (ranked[1:] == ranked[:-1]).any():
         raise ValueError(f"The {name} set uses a `pair_id` twice; each names the one partner of a forget row.")
-    places = pc.index_in(keys, value_set=partners)
-    if places.null_count:
-        missing = keys.filter(places.is_null())[:5].to_pylist()
-        raise ValueError(
-            f"{places.null_count} forget rows have no {name} row of their `pair_id`; the first: {missing}."
-        )
-    chosen = places.to_numpy()
+    places = np.searchsorted(ranked, keys) % len(ranked)
+    missing = np.flatnonzero(ranked[places] != keys)
+    if len(missing):
+        first = [forget[int(i)]["pair_id"] for i in missing[:5]]
+        raise ValueError(f"{len(missing)} forget rows have no {name} row of their `pair_id`; the first: {first}.")
+    chosen = by_key[places]
     return rows.select(chosen) if isinstance(rows, Dataset) else [rows[i] for i in chosen]
 
 
@@ -295,8 +295,8 @@ class DrawSampler(Sampler[int]):
 
 def modality_batches(
     rows: Sequence[Mapping[str, Any]], batch_size: int, numbers: np.ndarray | None = None
-) -> list[list[int]]:
-    """Cut a set into batches of row numbers, each with images or without.
+) -> list[np.ndarray]:
+    """Cut a set into batches (b,) of row numbers, each with images or without.
 
     Args:
         rows: the set.
@@ -308,7 +308,7 @@ def modality_batches(
 
 def dealt_batches(
     rows: Sequence[Mapping[str, Any]], batch_size: int, rank: int, num_ranks: int
-) -> list[tuple[list[int], bool]]:
+) -> list[tuple[np.ndarray, bool]]:
     """Deals the batches of a set to processes that go in step, as sharded weights need it.
 
     Rows of like length are put together, the longest first: nothing that a batch is for depends on its other rows.
@@ -341,10 +341,10 @@ def dealt(batches: Sequence[Batch], rank: int, num_ranks: int) -> Iterator[tuple
 
 def _by_modality(
     rows: Sequence[Mapping[str, Any]], batch_size: int, numbers: np.ndarray | None
-) -> list[list[list[int]]]:
+) -> list[list[np.ndarray]]:
     numbers = np.arange(len(rows)) if numbers is None else numbers
     pictured = has_images(rows)[numbers]
     return [
-        [indices[i : i + batch_size].tolist() for i in range(0, len(indices), batch_size)]
+        [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         for indices in (numbers[pictured], numbers[~pictured])
     ]

@@ -115,7 +115,7 @@ def test_images_are_found_without_decoding_them():
     )
     assert has_images(data).tolist() == [True, False, False]
     assert has_images(data.select([2, 0])).tolist() == [False, True]
-    assert modality_batches(data, 2) == [[0], [1, 2]]
+    assert [batch.tolist() for batch in modality_batches(data, 2)] == [[0], [1, 2]]
 
 
 def test_align_by_pair_id_or_position():

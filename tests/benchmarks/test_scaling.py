@@ -42,7 +42,7 @@ def test_peak_is_seen_while_it_lasts(scaling):
 def test_stages_without_a_model_are_linear(stage, scaling, tmp_path):
     """Something quadratic would take ten times as long a row; on a busy machine a little more is nothing."""
     sizes = (2_000, 20_000)
-    ratio, per_row = scaling.growth(sizes, scaling.least(stage, tmp_path, sizes, rounds=2))
+    ratio, per_row = scaling.growth(sizes, scaling.medians(stage, tmp_path, sizes, rounds=3))
     assert ratio < 2
     assert per_row < BYTES_PER_ROW
 
@@ -51,5 +51,5 @@ def test_stages_without_a_model_are_linear(stage, scaling, tmp_path):
 def test_every_stage_is_linear(scaling, tmp_path):
     sizes, grown = (10_000, 100_000), {}
     for stage in scaling.STAGES:
-        grown[stage] = scaling.growth(sizes, scaling.least(stage, tmp_path, sizes, rounds=2))
+        grown[stage] = scaling.growth(sizes, scaling.medians(stage, tmp_path, sizes, rounds=3))
     assert {stage: found for stage, found in grown.items() if found[0] > 1.15 or found[1] > BYTES_PER_ROW} == {}
