@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def test_peak_is_seen_while_it_lasts(scaling):
 
     with scaling.Peak() as peak:
         held = np.ones(4_000_000)  # 32 MB
+        time.sleep(0.2)
         del held
     assert 0.9 * 32e6 < peak.bytes < 1.2 * 32e6
 
