@@ -10,7 +10,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
@@ -19,10 +18,8 @@ from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
-from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator, StreamCollator
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions
-from biasunlearn_trainer.image_features import ImageFeatures
 from biasunlearn_trainer.losses import nll_loss, sequence_mean, sequence_sum, token_kl
 from biasunlearn_trainer.models import (
     accept_published_names,
@@ -33,15 +30,14 @@ from biasunlearn_trainer.models import (
     load_processor,
     lora_targets,
 )
-from biasunlearn_trainer.reference import PrecomputedReference
-from biasunlearn_trainer.reference_states import StatesOutput, StatesReference
+from biasunlearn_trainer.reference_states import StatesOutput
 from biasunlearn_trainer.saliency import SaliencyMask
 from biasunlearn_trainer.sharding import ForgetGradients, is_sharded, running
 from biasunlearn_trainer.streams import DrawSampler, PairedStreams, dealt_batches
 from biasunlearn_trainer.trainers.checkpointing import Checkpointing
 from biasunlearn_trainer.trainers.config import KLConfig, RetainChoiceConfig, RetainConfig, UnlearnConfig
 from biasunlearn_trainer.trainers.masking import SaliencyMasking
-from biasunlearn_trainer.trainers.passes import BatchCounts, StreamPasses
+from biasunlearn_trainer.trainers.passes import BatchCounts, SequenceLogps, StreamPasses
 from biasunlearn_trainer.trainers.publishing import HubPublishing
 from biasunlearn_trainer.trainers.referring import ReferencePolicy
 from biasunlearn_trainer.untouched import UntouchedWeights
@@ -58,36 +54,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-@dataclass
-class SequenceLogps:
-    """Policy and reference on the B sequences of a stream.
-
-    Attributes:
-        stream: the stream's name.
-        positions: `completion` or `all_text`, the positions that were kept.
-        output: the policy's completion tokens (`mask`, `token_logps`, `logits`).
-        reference: (B,) log pi_ref(y | x) in nats; None where the method needs none.
-        reference_output: the reference's completion tokens, where whole distributions are needed and these are the
-            positions at which they are compared.
-    """
-
-    stream: str
-    positions: str
-    output: CompletionOutput
-    reference: Tensor | None = None
-    reference_output: CompletionOutput | StatesOutput | None = None
-
-    @property
-    def policy(self) -> Tensor:
-        """(B,) log pi(y | x) in nats."""
-        return self.output.logps
-
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) number of completion tokens."""
-        return self.output.lengths
 
 
 class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking, ReferencePolicy, Trainer):
@@ -151,7 +117,7 @@ class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking
         }
         datasets = self.prepare_datasets(args, given)
         self._check_datasets(args, datasets)
-        datasets = self.lay_out(args, datasets)
+        streams = self.lay_out(args, datasets)
         name = model if isinstance(model, str) else model.config._name_or_path
         model = load_model(model) if isinstance(model, str) else model
         accept_published_names(base_model(model))  # a model that was loaded elsewhere resumes, too
@@ -161,22 +127,10 @@ class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking
             logger.warning("Using one GPU; for %d, start with `accelerate launch`.", args.n_gpu)
             args._n_gpu = 1
         self.collator = CompletionCollator(processing_class, args.max_length, args.append_eos)
-        batch = args.per_device_train_batch_size * args.world_size
         super().__init__(
             model=model,
             args=args,
-            train_dataset=PairedStreams(
-                datasets,
-                seed=args.data_seed if args.data_seed is not None else args.seed,
-                rows_per_step=batch * args.gradient_accumulation_steps,
-                aligned=self.aligned_streams,
-                multiple_of=batch if args.world_size > 1 else 1,
-                rows_per_draw={
-                    name: Fraction(size, args.per_device_train_batch_size)
-                    for name, size in self.batch_sizes(args).items()
-                },
-                length_column=args.length_column_name if args.train_sampling_strategy == "group_by_length" else None,
-            ),
+            train_dataset=self._paired(args, streams),
             data_collator=StreamCollator(self.collator),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -190,7 +144,6 @@ class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking
         self._sums: dict[str, Tensor] = {}
         self._untouched = UntouchedWeights(self.model)
         self.add_callback(ForgetGradients(self))
-        self._image_features = self._feature_cache() if args.cache_image_features else None
         self._begin_passes()
         self._begin_reference(reference_model)
         self._begin_masking(self.model, saliency_mask, preserve_dataset)
@@ -274,40 +227,6 @@ class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking
         return {}
 
     # What methods are made of.
-
-    def forward(
-        self, model: nn.Module, batch: dict[str, dict[str, Tensor]], stream: str, positions: str = "completion"
-    ) -> SequenceLogps:
-        """What the policy and, where the method needs it, the reference say of one stream.
-
-        The pass may be one over several streams of the batch (`joint_forward`), made when the first is asked for.
-
-        Args:
-            model: the policy, wrapped as training needs it.
-            batch: collated rows by stream.
-            stream: the one to run.
-            positions: `completion`, or `all_text` for all but padding and image positions.
-        """
-        output, reference_output = self._outputs_of(model, batch, stream, positions)
-        result = SequenceLogps(stream, positions, output)
-        self.record(f"logps/{stream}", result.policy)
-        if stream not in self.references(self.args):
-            return result
-        reference = self.reference[stream]
-        if reference_output is not None:
-            result.reference, result.reference_output = reference_output.logps, reference_output
-        elif isinstance(reference, PrecomputedReference):
-            result.reference = reference.logps(batch[stream]["index"])
-        elif isinstance(reference, StatesReference) and positions == self.positions(stream):
-            result.reference = reference.logps(batch[stream]["index"])
-            result.reference_output = reference.output(model, self._reading(batch[stream], positions))
-        return result
-
-    def with_features(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """A stream's batch, with kept features in place of its pictures where `cache_image_features` is on."""
-        if self._image_features is None:
-            return inputs
-        return self._image_features.replaced(model, inputs)
 
     def nll(self, result: SequenceLogps) -> Tensor:
         """(B,) negative log-likelihood per token, in nats."""
@@ -397,19 +316,6 @@ class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking
             self._sums = {}
         super().log(logs, start_time)
 
-    def _feature_cache(self) -> ImageFeatures:
-        """Where features of pictures are kept.
-
-        Raises:
-            ValueError: the image encoder is trained, spread over processes, or not there.
-        """
-        if is_sharded():
-            raise ValueError(
-                "cache_image_features calls the image encoder on its own, which ZeRO-3 and FSDP do not allow. Leave it "
-                "out, or launch with ddp.yaml or zero2.yaml."
-            )
-        return ImageFeatures(self.model, cache_home() / "image_features", self.args.module_groups)
-
     # Data.
 
     def _get_train_sampler(self, train_dataset: PairedStreams | None = None) -> DrawSampler:
@@ -445,6 +351,19 @@ class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking
                 total += counts * torch.stack([losses.sum(), total.new_tensor(len(numbers))])
         total = self.accelerator.reduce(total, "sum")
         return (total[0] / total[1]).item()
+
+    def _paired(self, args: UnlearnConfig, streams: dict[str, Rows]) -> PairedStreams:
+        batch = args.per_device_train_batch_size * args.world_size
+        shares = self.batch_sizes(args).items()
+        return PairedStreams(
+            streams,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            rows_per_step=batch * args.gradient_accumulation_steps,
+            aligned=self.aligned_streams,
+            multiple_of=batch if args.world_size > 1 else 1,
+            rows_per_draw={name: Fraction(size, args.per_device_train_batch_size) for name, size in shares},
+            length_column=args.length_column_name if args.train_sampling_strategy == "group_by_length" else None,
+        )
 
     def _check_datasets(self, args: UnlearnConfig, datasets: dict[str, Rows]) -> None:
         """Say which sets are missing and which would not be used, all at once."""

@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import form_of, join_batches
 from biasunlearn_trainer.completions import CompletionOutput, forward_completions, text_positions
-from biasunlearn_trainer.reference import AdapterReference, ModelReference
+from biasunlearn_trainer.image_features import ImageFeatures
+from biasunlearn_trainer.reference import AdapterReference, ModelReference, PrecomputedReference
+from biasunlearn_trainer.reference_states import StatesOutput, StatesReference
+from biasunlearn_trainer.sharding import is_sharded
 
 # Positions, padding included, that a joint pass may have for each of separate ones. On a CPU it takes 0.92 of their
 # time at as many positions (20 M parameters, 4 + 4 rows of 256 tokens).
@@ -39,21 +43,52 @@ class BatchCounts:
     groups: list[tuple[str, ...]]
 
 
+@dataclass
+class SequenceLogps:
+    """Policy and reference on the B sequences of a stream.
+
+    Attributes:
+        stream: the stream's name.
+        positions: `completion` or `all_text`, the positions that were kept.
+        output: the policy's completion tokens (`mask`, `token_logps`, `logits`).
+        reference: (B,) log pi_ref(y | x) in nats; None where the method needs none.
+        reference_output: the reference's completion tokens, where whole distributions are needed and these are the
+            positions at which they are compared.
+    """
+
+    stream: str
+    positions: str
+    output: CompletionOutput
+    reference: Tensor | None = None
+    reference_output: CompletionOutput | StatesOutput | None = None
+
+    @property
+    def policy(self) -> Tensor:
+        """(B,) log pi(y | x) in nats."""
+        return self.output.logps
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) number of completion tokens."""
+        return self.output.lengths
+
+
 class StreamPasses:
     """How `UnlearnTrainer` runs the policy, and the reference where that is a model, on the streams of a batch."""
 
-    def _begin_passes(self, groups: Sequence[tuple[str, ...]] = ()) -> None:
-        self._groups = groups
+    def _begin_passes(self) -> None:
+        self._groups: Sequence[tuple[str, ...]] = ()
         self._outputs: dict[tuple[str, str], tuple[CompletionOutput, CompletionOutput | None]] = {}
+        self._image_features = self._feature_cache() if self.args.cache_image_features else None
 
     @contextmanager
     def _passes_over(self, groups: Sequence[tuple[str, ...]]) -> Iterator[None]:
         """Inside, a batch's streams go through the model in these groups; what was computed is let go at the end."""
-        self._begin_passes(groups)
+        self._groups = groups
         try:
             yield
         finally:
-            self._begin_passes()
+            self._groups, self._outputs = (), {}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> BatchCounts | None:
         return self._count(batch_samples, device) if batch_samples else None
@@ -94,6 +129,40 @@ class StreamPasses:
                     continue
             groups.append((name,))
         return groups
+
+    def forward(
+        self, model: nn.Module, batch: dict[str, dict[str, Tensor]], stream: str, positions: str = "completion"
+    ) -> SequenceLogps:
+        """What the policy and, where the method needs it, the reference say of one stream.
+
+        The pass may be one over several streams of the batch (`joint_forward`), made when the first is asked for.
+
+        Args:
+            model: the policy, wrapped as training needs it.
+            batch: collated rows by stream.
+            stream: the one to run.
+            positions: `completion`, or `all_text` for all but padding and image positions.
+        """
+        output, reference_output = self._outputs_of(model, batch, stream, positions)
+        result = SequenceLogps(stream, positions, output)
+        self.record(f"logps/{stream}", result.policy)
+        if stream not in self.references(self.args):
+            return result
+        reference = self.reference[stream]
+        if reference_output is not None:
+            result.reference, result.reference_output = reference_output.logps, reference_output
+        elif isinstance(reference, PrecomputedReference):
+            result.reference = reference.logps(batch[stream]["index"])
+        elif isinstance(reference, StatesReference) and positions == self.positions(stream):
+            result.reference = reference.logps(batch[stream]["index"])
+            result.reference_output = reference.output(model, self._reading(batch[stream], positions))
+        return result
+
+    def with_features(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """A stream's batch, with kept features in place of its pictures where `cache_image_features` is on."""
+        if self._image_features is None:
+            return inputs
+        return self._image_features.replaced(model, inputs)
 
     def _outputs_of(
         self, model: nn.Module, batch: Batch, stream: str, positions: str
@@ -143,6 +212,19 @@ class StreamPasses:
         if positions == "completion":
             return batch
         return {**batch, "completion_mask": text_positions(batch, self.collator.image_token_id)}
+
+    def _feature_cache(self) -> ImageFeatures:
+        """Where features of pictures are kept.
+
+        Raises:
+            ValueError: the image encoder is trained, spread over processes, or not there.
+        """
+        if is_sharded():
+            raise ValueError(
+                "cache_image_features calls the image encoder on its own, which ZeRO-3 and FSDP do not allow. Leave it "
+                "out, or launch with ddp.yaml or zero2.yaml."
+            )
+        return ImageFeatures(self.model, cache_home() / "image_features", self.args.module_groups)
 
 
 def _alike(parts: Sequence[Sequence[tuple[int, int, int]]]) -> bool:
