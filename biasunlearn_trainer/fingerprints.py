@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -37,6 +38,36 @@ def model_hash(model: nn.Module, skip_fresh_adapter: bool = True) -> str:
             digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+# Of a configuration what no forward pass depends on: where it came from, and what is set on the way.
+NOT_COMPUTED_WITH = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "pad_token_id",
+    "bos_token_id", "eos_token_id", "output_attentions", "output_hidden_states", "return_dict", "is_decoder",
+}  # fmt: skip
+ADAPTER_SETTINGS = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
+def config_fingerprint(model: nn.Module) -> str:
+    """Digest of the settings that one set of weights gives other outputs with: heads, scales, an adapter's alpha.
+
+    Args:
+        model: inside PEFT or not; an adapter that changes nothing yet is left out.
+    """
+    parts: list[Any] = [_computed_with(base_model(model).config.to_dict())]
+    if isinstance(model, PeftModel) and not has_fresh_adapter(model):
+        parts += [
+            {name: getattr(config, name, None) for name in ADAPTER_SETTINGS} for config in model.peft_config.values()
+        ]
+    said = json.dumps(parts, default=str, sort_keys=True)
+    return hashlib.blake2b(said.encode(), digest_size=DIGEST_BYTES).hexdigest()
+
+
+def _computed_with(settings: Any) -> Any:
+    if isinstance(settings, Mapping):
+        kept = {str(name): value for name, value in settings.items() if name not in NOT_COMPUTED_WITH}
+        return {name: _computed_with(value) for name, value in kept.items() if not name.startswith("_")}
+    return [_computed_with(value) for value in settings] if isinstance(settings, list | tuple) else settings
 
 
 def rows_fingerprint(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,10 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
 from biasunlearn_trainer.completions import unwrap
+from biasunlearn_trainer.fingerprints import config_fingerprint
+from biasunlearn_trainer.kept_files import checksum, digest_of, misfit, nearest
 from biasunlearn_trainer.models import evaluating, group_of, module_groups
 
 logger = logging.getLogger(__name__)
+
+KIND = "image features"
 
 
 class ImageFeatures:
@@ -51,9 +58,13 @@ class ImageFeatures:
                 f"cache_image_features needs a frozen vision tower and connector; {len(trained)} of their weights are "
                 f"trained, the first: {trained[0]}. Set trainable_groups to [language_model], or leave it out."
             )
-        self._folder, self._weights = folder, _digest(frozen)
+        self._folder = folder
+        self._parts = {"encoder weights": _digest(frozen), "model settings": config_fingerprint(model)}
         self._places: dict[str, dict[str, Any]] = {}
+        self._whole: set[str] = set()  # whose checksum was looked at
         self._opened: Path | None = None
+        self._precision = ""
+        self._file = f"{uuid.uuid4().hex}.bin"
         self._is_full = False
 
     def replaced(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -64,7 +75,7 @@ class ImageFeatures:
         self._open(device.type)
         pictures = _pictures(batch)
         keys = [_picture_key(*picture) for picture in pictures]
-        features = {key: self._read(key) for key in keys if key in self._places}
+        features = {key: found for key in keys if (found := self._read(key)) is not None}
         missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in features}
         if missing:
             for key, found in zip(missing, _computed(model, list(missing.values())), strict=True):
@@ -77,31 +88,71 @@ class ImageFeatures:
     def _open(self, device: str) -> None:
         """Reads where every process that ever wrote for these weights left its pictures."""
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "own"
-        folder = self._folder / f"{self._weights}-{str(precision).removeprefix('torch.')}"
-        if folder == self._opened:
+        if str(precision) == self._precision:
             return
-        self._opened, self._places = folder, {}
+        self._precision = str(precision)
+        parts = self._parts | {"precision": self._precision.removeprefix("torch.")}
+        folder = self._folder / digest_of(KIND, parts)
+        self._opened, self._places, self._whole = folder, {}, set()
+        self._made_of = {"kind": KIND, "parts": json.dumps(parts)}
         for index in sorted(folder.glob("*.jsonl")):
-            for line in index.read_text(encoding="utf-8").splitlines():
+            head, *lines = index.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            if fault := self._fault(head, parts):
+                logger.warning("Image features: %s is not read, %s. Made anew.", index, fault)
+                continue
+            for line in lines:
                 try:
                     entry = json.loads(line)
-                except ValueError:
+                    self._places[entry["picture"]] = entry | {"file": str(index.with_suffix(".bin"))}
+                except (ValueError, KeyError, TypeError):
                     continue  # a run ended while it wrote the line
-                self._places[entry["picture"]] = entry | {"file": str(index.with_suffix(".bin"))}
         if self._places:
             logger.info("Features of %d pictures: %s", len(self._places), folder)
+        elif found := nearest(self._others(), parts):
+            logger.warning("Image features: those in %s were made with %s. Made anew.", *found)
 
-    def _read(self, key: str) -> Tensor:
-        place = self._places[key]
-        count, dtype = place["shape"][0] * place["shape"][1], getattr(torch, place["dtype"])
-        values = torch.from_file(place["file"], shared=False, size=place["start"] + count, dtype=dtype)
-        return values[place["start"] :].view(place["shape"])
+    @staticmethod
+    def _fault(head: str, parts: dict[str, str]) -> str | None:
+        try:
+            return misfit(json.loads(head), KIND, parts)
+        except (ValueError, KeyError, AttributeError):
+            return "it is damaged"
+
+    def _others(self) -> Iterator[tuple[Path, dict[str, str] | None]]:
+        """Folders of other weights, with what they were made of."""
+        for folder in self._folder.glob("*"):
+            index = next(folder.glob("*.jsonl"), None)
+            try:
+                with index.open(encoding="utf-8") as file:
+                    yield folder, json.loads(json.loads(file.readline())["parts"])
+            except (AttributeError, OSError, ValueError, KeyError):
+                continue  # an empty folder, or one that a run has just begun
+
+    def _read(self, key: str) -> Tensor | None:
+        """A picture's features, memory-mapped; None where they are not there, or damaged, which is said."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        count, dtype = math.prod(place["shape"]), getattr(torch, place["dtype"])
+        try:
+            if os.stat(place["file"]).st_size < (place["start"] + count) * dtype.itemsize:
+                raise OSError("it is cut off")
+            values = torch.from_file(place["file"], shared=False, size=place["start"] + count, dtype=dtype)
+            values = values[place["start"] :].view(place["shape"])
+            if key not in self._whole and checksum(values) != place["checksum"]:
+                raise OSError("another checksum than when written")
+        except (OSError, RuntimeError) as err:
+            logger.warning("Image features: %s is damaged (%s). Made anew.", place["file"], err)
+            del self._places[key]
+            return None
+        self._whole.add(key)
+        return values
 
     def _append(self, key: str, values: Tensor) -> None:
         """Keeps a picture's features; a disk without room is said once, and pictures are computed again from then."""
         if self._is_full:
             return
-        data = self._opened / f"{os.uname().nodename}-{os.getpid()}.bin"
+        data = self._opened / self._file
         try:
             data.parent.mkdir(parents=True, exist_ok=True)
             with data.open("ab") as file:
@@ -109,12 +160,16 @@ class ImageFeatures:
                 file.write(values.contiguous().cpu().view(torch.uint8).numpy().data)
             name = str(values.dtype).removeprefix("torch.")
             entry = {"picture": key, "start": start, "shape": list(values.shape), "dtype": name}
-            with data.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            entry["checksum"] = checksum(values)
+            index = data.with_suffix(".jsonl")
+            head = "" if index.exists() else json.dumps(self._made_of) + "\n"
+            with index.open("a", encoding="utf-8") as file:
+                file.write(head + json.dumps(entry) + "\n")
         except OSError as err:
             logger.warning("Image features are not kept any more (%s); pictures are computed at every step.", err)
             self._is_full = True
             return
+        self._whole.add(key)
         self._places[key] = entry | {"file": str(data)}
 
 

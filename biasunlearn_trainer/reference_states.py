@@ -8,8 +8,13 @@ matrix product instead of a forward pass through all layers.
 from __future__ import annotations
 
 import copy
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +26,10 @@ from biasunlearn_trainer.completions import (
     predicting_positions,
     unwrap,
 )
+from biasunlearn_trainer.kept_files import checksum
 
 STATES_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+SAFETENSORS_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 
 class StatesUnavailable(Exception):
@@ -73,24 +80,92 @@ class HeldStates:
     logps: Tensor
 
     @classmethod
-    def open(cls, path: Path, parts: dict[str, Tensor], dtype: torch.dtype) -> HeldStates:
-        """Map a file of states; nothing is read yet.
+    def of(cls, arrays: Mapping[str, Tensor]) -> HeldStates:
+        """Those that a `StatesWriter` wrote, from the file's arrays."""
+        return cls(arrays["states"], arrays["starts"], arrays["lengths"], arrays["logps"].float())
 
-        Args:
-            path: the file.
-            parts: its table: `starts`, `lengths`, `logps`, and the states' `width`.
-            dtype: of the states.
-        """
-        width = int(parts["width"])
-        size = int(parts["lengths"].sum()) * width
-        states = torch.from_file(str(path), shared=False, size=size, dtype=dtype).view(-1, width)
-        return cls(states, parts["starts"], parts["lengths"], parts["logps"])
+    @staticmethod
+    def fault(arrays: Mapping[str, Tensor], num_rows: int) -> str | None:
+        """Why arrays of a file are no states of so many rows."""
+        shapes = {name: tuple(value.shape) for name, value in arrays.items()}
+        expected = dict.fromkeys(("lengths", "starts", "logps"), (num_rows,))
+        if {name: shape for name, shape in shapes.items() if name != "states"} != expected or "states" not in shapes:
+            return f"it holds {shapes}, expected states and {expected}"
+        total = int(arrays["lengths"].sum())
+        return None if total == len(arrays["states"]) else f"it holds {shapes['states'][0]} states, expected {total}"
 
     def take(self, rows: Tensor) -> Tensor:
         """(N, D) the states of some rows, one row behind the other."""
         rows = rows.cpu()
         ranges = zip(self.starts[rows].tolist(), self.lengths[rows].tolist(), strict=True)
         return torch.cat([self.states[start : start + length] for start, length in ranges])
+
+
+class StatesWriter:
+    """Writes states as they come into one safetensors file; how many there are is known last, so the header is, too.
+
+    Args:
+        path: the file.
+        num_rows: of the set.
+        dtype: of the states.
+
+    Raises:
+        OSError: from the disk, in every method.
+    """
+
+    HEADER_BYTES = 16384
+
+    def __init__(self, path: Path, num_rows: int, dtype: torch.dtype):
+        self.path, self.dtype = path, dtype
+        self._starts, self._lengths = (torch.zeros(num_rows, dtype=torch.long) for _ in range(2))
+        self._logps = torch.zeros(num_rows, dtype=torch.double)  # 8 bytes as the others, which keeps all aligned
+        self._shape, self._checksum = [0, 0], 0
+        self._file = path.open("wb")
+        self._file.seek(self.HEADER_BYTES + 24 * num_rows)
+
+    def append(self, numbers: Tensor, lengths: Tensor, logps: Tensor, states: Tensor) -> None:
+        """Write rows behind those that are there.
+
+        Args:
+            numbers: (B,) which rows.
+            lengths: (B,) how many positions each has.
+            logps: (B,) their log-probabilities, in nats.
+            states: (N, D), row by row.
+        """
+        self._starts[numbers] = self._shape[0] + lengths.cumsum(0) - lengths
+        self._lengths[numbers], self._logps[numbers] = lengths, logps.double()
+        self._shape = [self._shape[0] + len(states), states.shape[-1]]
+        self._checksum = checksum(states, self._checksum)
+        self._file.write(_bytes(states))
+        self._file.flush()
+
+    def finish(self, metadata: Callable[[Mapping[str, int]], dict[str, str]]) -> None:
+        """Write what comes before the states: the header, and where each row's begin.
+
+        Args:
+            metadata: makes the file's from checksums by array.
+        """
+        tables = {"starts": self._starts, "lengths": self._lengths, "logps": self._logps}
+        checksums = {name: checksum(table) for name, table in tables.items()} | {"states": self._checksum}
+        header: dict[str, Any] = {"__metadata__": metadata(checksums)}
+        end = 0
+        for name, kind, shape, size in (
+            *((name, "F64" if table.is_floating_point() else "I64", [len(table)], 8) for name, table in tables.items()),
+            ("states", SAFETENSORS_NAMES[self.dtype], self._shape, self.dtype.itemsize),
+        ):
+            start, end = end, end + math.prod(shape) * size
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        said = json.dumps(header).encode().ljust(self.HEADER_BYTES - 8)
+        self._file.seek(0)
+        self._file.write(len(said).to_bytes(8, "little") + said)
+        for table in tables.values():
+            self._file.write(_bytes(table))
+        self._file.close()
+
+    def close(self) -> None:
+        """Give the file back, whole or not."""
+        with suppress(OSError):  # what is left to write does not matter any more
+            self._file.close()
 
 
 class StatesReference:
@@ -178,3 +253,7 @@ def _head(model: nn.Module) -> nn.Module:
     if head is None:
         raise StatesUnavailable(f"{type(unwrap(model)).__name__} names no output head (get_output_embeddings)")
     return head
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return values.contiguous().view(torch.uint8).numpy().data

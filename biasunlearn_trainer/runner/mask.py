@@ -146,6 +146,7 @@ def _trainer(recipe: Recipe) -> tuple[Any, str]:
     fingerprint = model_hash(model)
     sets = give_guidance(recipe, sets, model, processing_class)
     trainer, _ = build_trainer(recipe, model, processing_class, sets, [], bias_probe)
+    trainer.known_weights = fingerprint
     return trainer, fingerprint
 
 

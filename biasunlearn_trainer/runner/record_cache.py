@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,18 @@ from accelerate.utils import broadcast_object_list
 import biasunlearn_trainer
 from biasunlearn_trainer import eval as evaluation
 from biasunlearn_trainer.cache import cache_home
-from biasunlearn_trainer.eval.schema import write_text
 from biasunlearn_trainer.eval.scoring import Scorer
-from biasunlearn_trainer.fingerprints import content_fingerprint, model_hash, processor_fingerprint
+from biasunlearn_trainer.fingerprints import (
+    config_fingerprint,
+    content_fingerprint,
+    model_hash,
+    processor_fingerprint,
+)
+from biasunlearn_trainer.kept_files import digest_of, misfit, replacing
 
 logger = logging.getLogger(__name__)
+
+KIND = "records"
 
 
 @cache
@@ -50,55 +58,57 @@ class RecordCache:
     def __init__(self, *folders: str | os.PathLike):
         self.folders = [Path(folder) for folder in folders] or [records_home()]
 
-    def run(self, tasks: Sequence[Any], scorer: Scorer, answers: bool) -> dict[str, list[dict]]:
+    def run(
+        self, tasks: Sequence[Any], scorer: Scorer, answers: bool, weights: str | None = None
+    ) -> dict[str, list[dict]]:
         """Each task's records, from disk where they are there; every process has to call it.
 
         Args:
             tasks: those to run.
             scorer: around the model.
             answers: as for `Task.run`.
+            weights: `model_hash` of the model, where it is known.
 
         Returns:
             Records by task; of a task whose rows do not tell what it asks (`lm_eval`) they are always made anew.
         """
-        model = self._key_of(scorer, answers)
-        return {task.name: self._records(task, scorer, answers, model) for task in tasks}
+        parts = self._parts(scorer, answers, weights or model_hash(scorer.model))
+        return {task.name: self._records(task, scorer, answers, parts) for task in tasks}
 
-    def _records(self, task: Any, scorer: Scorer, answers: bool, model: str) -> list[dict]:
+    def _records(self, task: Any, scorer: Scorer, answers: bool, parts: Mapping[str, str]) -> list[dict]:
         if not len(task.rows):
             return task.run(scorer, answers=answers)
         # The main process decides for all: on another machine the file may be missing, and a task that some processes
         # run and others do not would wait forever.
-        paths = self._paths(task, model) if PartialState().is_main_process else []
-        (known,) = broadcast_object_list([_read_any(paths)])
+        asked, paths = self._asked(task, parts) if PartialState().is_main_process else ({}, [])
+        (known,) = broadcast_object_list([_read_any(paths, asked)])
         if known is not None:
             logger.info("%s: the records of this model are known.", task.name)
         items = task.run(scorer, answers=answers) if known is None else known
         for path in paths:
-            if not path.is_file():
-                write_text(path, json.dumps(items))
+            if known is None or not path.is_file():
+                _write(path, items, asked)
         return items
 
-    def _paths(self, task: Any, model: str) -> list[Path]:
-        """A task's file in each of the folders."""
-        said = f"{model} {type(task).__qualname__} {task.name} {content_fingerprint(task.rows)}"
-        name = f"{hashlib.blake2b(said.encode(), digest_size=12).hexdigest()}.json"
-        return [folder / name for folder in self.folders]
+    def _asked(self, task: Any, parts: Mapping[str, str]) -> tuple[dict[str, str], list[Path]]:
+        """What a task's file has to be made of, and where it is in each of the folders."""
+        asked = {"task": f"{type(task).__qualname__} {task.name}", "rows": content_fingerprint(task.rows), **parts}
+        return asked, [folder / f"{digest_of(KIND, asked)}.json" for folder in self.folders]
 
     @staticmethod
-    def _key_of(scorer: Scorer, answers: bool) -> str:
-        parts = {
-            "model": model_hash(scorer.model),
-            "processor": processor_fingerprint(scorer.processing_class),
-            "batch": scorer.batch_size,
-            "append_eos": scorer.append_eos,
-            "share_prefixes": scorer.share_prefixes,
-            "answers": answers,
+    def _parts(scorer: Scorer, answers: bool, weights: str) -> dict[str, str]:
+        return {
+            "model weights": weights,
+            "model settings": config_fingerprint(scorer.model),
+            "tokenizer or processor": processor_fingerprint(scorer.processing_class),
+            "batch_size": str(scorer.batch_size),
+            "append_eos": str(scorer.append_eos),
+            "share_prefixes": str(scorer.share_prefixes),
+            "answers": str(answers),
             "device": str(scorer.model.device.type),
-            "attention": getattr(scorer.model.config, "_attn_implementation", None),
-            "versions": [torch.__version__, transformers.__version__, code_fingerprint()],
+            "attention": str(getattr(scorer.model.config, "_attn_implementation", None)),
+            "versions": f"{torch.__version__} {transformers.__version__} {code_fingerprint()}",
         }
-        return json.dumps(parts)
 
 
 def records_home() -> Path:
@@ -106,7 +116,32 @@ def records_home() -> Path:
     return cache_home() / "records"
 
 
-def _read_any(paths: Sequence[Path]) -> list[dict] | None:
-    """What the first of the files that is there holds."""
-    path = next((path for path in paths if path.is_file()), None)
-    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+def _read_any(paths: Sequence[Path], asked: Mapping[str, str]) -> list[dict] | None:
+    """What the first of the files that is there and whole holds; another's, or a damaged one, is refused and said.
+
+    A file that is not there says nothing: each run asks for records of several models.
+    """
+    for path in paths:
+        try:
+            head, _, body = path.read_bytes().partition(b"\n")
+            made = json.loads(head)
+            fault = misfit(made, KIND, asked) or (None if zlib.crc32(body) == made["checksum"] else "it is damaged")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+            fault = f"it is damaged: {err!r}"
+        if fault is None:
+            return json.loads(body)
+        logger.warning("Records: %s is not read, %s. Made anew.", path, fault)
+    return None
+
+
+def _write(path: Path, items: Sequence[dict], parts: Mapping[str, str]) -> None:
+    """Keeps records; a disk that does not take them is said."""
+    body = json.dumps(items)
+    head = {"kind": KIND, "parts": json.dumps(dict(parts)), "checksum": zlib.crc32(body.encode())}
+    try:
+        with replacing(path) as partial:
+            partial.write_text(f"{json.dumps(head)}\n{body}", encoding="utf-8")
+    except OSError as err:
+        logger.warning("Records cannot be kept in %s (%s): the next run makes them anew.", path.parent, err)

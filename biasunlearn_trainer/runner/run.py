@@ -220,16 +220,22 @@ class _Evaluation:
         self.items: dict[str, Items] = {}
         self.saliency: Distribution | None = None
 
-    def begin(self, model: torch.nn.Module, source: str) -> None:
-        """Measures the model as it is, and the oracle where there is one; every process has to call it."""
-        self.measure("before", model, source)
+    def begin(self, model: torch.nn.Module, source: str, weights: str | None = None) -> None:
+        """Measures the model as it is, and the oracle where there is one; every process has to call it.
+
+        Args:
+            model: the one to unlearn.
+            source: where it came from.
+            weights: its `model_hash`, where it is known.
+        """
+        self.measure("before", model, source, weights)
         oracle = self.recipe.run.oracle_model
         if oracle:
             model = load_for_run(self.recipe, oracle)
             with running(model):
                 self.measure("oracle", model, oracle)
 
-    def measure(self, name: str, model: torch.nn.Module, source: str) -> None:
+    def measure(self, name: str, model: torch.nn.Module, source: str, weights: str | None = None) -> None:
         """Measures a model as `before`, `after` or `oracle` and writes results.json; every process has to call it."""
         run_config, args = self.recipe.run, self.recipe.training
         scorer = Scorer(
@@ -242,7 +248,8 @@ class _Evaluation:
             else:
                 # In the run's own folder, too, for a run that goes on where the cache folder is another one.
                 shared = [records_home()] if run_config.keep_records else []
-                items = RecordCache(Path(args.output_dir) / RECORDS_FOLDER, *shared).run(self.tasks, scorer, answers)
+                cache = RecordCache(Path(args.output_dir) / RECORDS_FOLDER, *shared)
+                items = cache.run(self.tasks, scorer, answers, weights)
         before = self.items.get("before", {})
         summaries = {task.name: task.summarise(items[task.name], before.get(task.name)) for task in self.tasks}
         self.items[name] = items
@@ -275,10 +282,11 @@ def _unlearn(
             write_records(recipe, data, fingerprint)
         with running(model):
             sets = give_guidance(recipe, sets, model, evaluation.processing_class)
-            evaluation.begin(model, source)
+            evaluation.begin(model, source, fingerprint)
     if is_fsdp():
         model = load_for_run(recipe, source)
     trainer, guard = build_trainer(recipe, model, evaluation.processing_class, sets, probes, bias_probe)
+    trainer.known_weights = fingerprint
     interrupts = Interrupts()
     trainer.add_callback(interrupts)
     try:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from torch import Tensor, nn
 
 from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator
-from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
+from biasunlearn_trainer.fingerprints import (
+    DIGEST_BYTES,
+    config_fingerprint,
+    model_hash,
+    processor_fingerprint,
+    rows_fingerprint,
+)
+from biasunlearn_trainer.kept_files import KeptFile, everywhere
 from biasunlearn_trainer.models import without_dropout
 from biasunlearn_trainer.orders import order
 from biasunlearn_trainer.saliency.fisher import PerSampleFisher, add_squared_gradients, empty_sums
@@ -30,6 +38,7 @@ from biasunlearn_trainer.version import __version__
 logger = logging.getLogger(__name__)
 
 FISHERS = ("per_sample", "per_batch")
+SETS = ("target", "preserve")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -87,6 +96,7 @@ class SaliencyBuilder:
         accelerator: rows are shared out among its processes.
         settings: see `SaliencySettings`.
         cache_dir: where masks are kept; None for `cache_home() / "saliency"`.
+        weights: `weights_digest` of the model, where it is known.
     """
 
     def __init__(
@@ -96,10 +106,11 @@ class SaliencyBuilder:
         accelerator: Accelerator,
         settings: SaliencySettings,
         cache_dir: str | Path | None = None,
+        weights: str | None = None,
     ):
         self.model, self.collator, self.accelerator, self.settings = model, collator, accelerator, settings
         self.cache_dir = Path(cache_dir) if cache_dir else cache_home() / "saliency"
-        self.digest = weights_digest(model)
+        self.digest = weights or weights_digest(model)
 
     def mask(self, target: Rows, preserve: Rows) -> SaliencyMask:
         """The mask of what is to be forgotten against what is to be preserved, from disk where it is there.
@@ -111,17 +122,17 @@ class SaliencyBuilder:
         Returns:
             The mask of every trainable weight.
         """
-        provenance = self._provenance(target, preserve)
-        path = self._path(provenance)
-        self.accelerator.wait_for_everyone()
-        if path.is_file():
-            logger.info("Saliency mask: %s", path)
-            return SaliencyMask.load(path)
+        provenance, state = self._provenance(target, preserve), self.accelerator
+        kept = KeptFile(self.cache_dir, "saliency mask", "run", self._parts(provenance), state.is_local_main_process)
+        state.wait_for_everyone()
+        found = kept.load()
+        if everywhere(state, found is not None):
+            return SaliencyMask.of(*found)
         mask = self._build(target, preserve)
         mask.provenance = provenance
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            mask.save(path)
+        state.wait_for_everyone()
+        if state.is_local_main_process:
+            kept.save(mask.bits, mask.metadata())
         return mask
 
     def _provenance(self, target: Rows, preserve: Rows) -> dict[str, Any]:
@@ -142,12 +153,23 @@ class SaliencyBuilder:
             "version": __version__,
         }
 
-    def _path(self, provenance: Mapping[str, Any]) -> Path:
+    def _parts(self, provenance: Mapping[str, Any]) -> dict[str, str]:
         # Whether S_T waits on disk or in memory does not change the mask, nor how many rows are taken at once.
         speed = {"one_pass", "batched", *(["batch_size"] if self.settings.fisher == "per_sample" else [])}
-        settings = {name: value for name, value in provenance["settings"].items() if name not in speed}
-        key = repr(sorted({**provenance, "settings": sorted(settings.items())}.items()))
-        return self.cache_dir / f"{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
+        sets = {name: f"{provenance[name]['rows']} with digest {provenance[name]['fingerprint']}" for name in SETS}
+        trained = json.dumps(sorted(provenance["dtypes"].items())).encode()
+        return {
+            "model weights": provenance["model"],
+            "model settings": config_fingerprint(self.model),
+            "trained weights": hashlib.blake2b(trained, digest_size=DIGEST_BYTES).hexdigest(),
+            "tokenizer or processor": processor_fingerprint(self.collator.processing_class),
+            "max_length": str(self.collator.max_length),
+            "append_eos": str(self.collator.append_eos),
+            "target rows": sets["target"],
+            "preserve rows": sets["preserve"],
+            "version": provenance["version"],
+            **{name: str(value) for name, value in provenance["settings"].items() if name not in speed},
+        }
 
     def _build(self, target: Rows, preserve: Rows) -> SaliencyMask:
         sums = empty_sums(self.model)
@@ -191,17 +213,32 @@ class SaliencyBuilder:
             _clear(sums)
             yield kept
             return
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.cache_dir, prefix="fisher-") as file:
-            for value in sums.values():
-                value.cpu().numpy().tofile(file)
-            file.flush()
+        with ExitStack() as opened:
+            try:
+                mapped = self._written(opened, sums)
+            except OSError as err:
+                logger.warning(
+                    "The Fisher values of the target set cannot wait in %s (%s): they wait in memory, %.1f MiB more.",
+                    self.cache_dir,
+                    err,
+                    sum(value.nbytes for value in sums.values()) / 2**20,
+                )
+                mapped = {name: value.flatten().clone() for name, value in sums.items()}
             _clear(sums)
+            yield mapped
+
+    def _written(self, opened: ExitStack, sums: Mapping[str, Tensor]) -> Mapping[str, np.ndarray]:
+        """The sums in a file without a name, which is gone when it is closed."""
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as own:
+            file = own.enter_context(tempfile.TemporaryFile(dir=self.cache_dir, prefix="fisher-"))
+            for value in sums.values():
+                file.write(value.cpu().numpy().data)
+            file.flush()
             mapped = np.memmap(file, dtype=np.float32, mode="c")  # copy on write: the file is only read
-            ends = np.cumsum([value.numel() for value in sums.values()])
-            yield {
-                name: mapped[end - value.numel() : end] for (name, value), end in zip(sums.items(), ends, strict=True)
-            }
+            opened.push(own.pop_all())
+        ends = np.cumsum([value.numel() for value in sums.values()])
+        return {name: mapped[end - value.numel() : end] for (name, value), end in zip(sums.items(), ends, strict=True)}
 
 
 def _clear(sums: Mapping[str, Tensor]) -> None:

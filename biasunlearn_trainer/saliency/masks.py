@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from biasunlearn_trainer.kept_files import replacing
+
 FORMAT = "biasunlearn_trainer saliency mask 1"
 # Weights compared at once: the largest matrix of a 7B model has 131 million, and float32 logarithms of all of them
 # would need more memory than the largest gradient did.
@@ -138,15 +140,20 @@ class SaliencyMask:
         shuffled.provenance = {**self.provenance, "kind": "random", "seed": seed}
         return shuffled
 
+    def metadata(self) -> dict[str, str]:
+        """What a file says beside the bits: its format, shapes and provenance."""
+        return {"format": FORMAT, "shapes": json.dumps(self.shapes), "provenance": json.dumps(self.provenance)}
+
+    @classmethod
+    def of(cls, bits: Mapping[str, Tensor], metadata: Mapping[str, str]) -> SaliencyMask:
+        """A mask from its file's bits and metadata."""
+        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+        return cls(dict(bits), shapes, json.loads(metadata["provenance"]))
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the mask as safetensors; names, shapes and provenance stand in the file's metadata."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"format": FORMAT, "shapes": json.dumps(self.shapes), "provenance": json.dumps(self.provenance)}
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file(self.bits, partial, metadata)
-        partial.chmod(0o644)  # safetensors keeps a new file to its owner, and caches are shared
-        partial.replace(path)
+        with replacing(Path(path)) as partial:
+            save_file(self.bits, partial, self.metadata())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SaliencyMask:
@@ -168,8 +175,7 @@ class SaliencyMask:
             raise ValueError(f"{path} is no safetensors file: {err}") from err
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no saliency mask: its metadata say format {metadata.get('format')!r}.")
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-        return cls(bits, shapes, json.loads(metadata["provenance"]))
+        return cls.of(bits, metadata)
 
     def check(self, model: nn.Module, digest: str) -> None:
         """Refuse a model that the mask was not made for.

@@ -414,4 +414,5 @@ class UnlearnTrainer(HubPublishing, Checkpointing, StreamPasses, SaliencyMasking
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         self.prepare_reference()
         self.prepare_saliency()
+        self.known_weights = None  # from here on they are others
         return super().train(checkpoint, *args, **kwargs)

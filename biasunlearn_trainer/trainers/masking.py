@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+from peft import PeftModel
 from torch import nn
 
 from biasunlearn_trainer.saliency import GradientMask, SaliencyBuilder, SaliencyMask
@@ -81,13 +82,23 @@ class SaliencyMasking:
             return mask
         if given not in BUILT_MASKS:
             mask = given if isinstance(given, SaliencyMask) else SaliencyMask.load(given)
-            mask.check(self.model, weights_digest(self.model))
+            mask.check(self.model, self._counted_weights())
             return mask
         builder = SaliencyBuilder(
-            self.model, self.collator, self.accelerator, args.saliency_settings(), args.saliency_cache_dir
+            self.model,
+            self.collator,
+            self.accelerator,
+            args.saliency_settings(),
+            args.saliency_cache_dir,
+            self._counted_weights(),
         )
         mask = builder.mask(self.train_dataset.streams["forget"].rows, self._preserved_rows())
         return mask.shuffled(args.saliency_seed) if given == "random" else mask
+
+    def _counted_weights(self) -> str:
+        """The digest that a mask is made for; a fresh adapter counts in it, and in no other digest."""
+        known = None if isinstance(self.model, PeftModel) else self._weights_before()
+        return known or weights_digest(self.model)
 
     def _preserved_rows(self) -> Rows:
         """What the mask protects: the preserve set, or else the retain set, or else the utility set."""

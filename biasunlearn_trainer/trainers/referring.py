@@ -14,8 +14,8 @@ from biasunlearn_trainer.reference import (
     AdapterReference,
     ModelReference,
     PrecomputedReference,
-    ReferenceBuilder,
 )
+from biasunlearn_trainer.reference_building import ReferenceBuilder
 from biasunlearn_trainer.reference_states import STATES_DTYPES, StatesReference, StatesUnavailable
 from biasunlearn_trainer.sharding import is_fsdp, is_sharded, whole_weights
 
@@ -27,8 +27,11 @@ class ReferencePolicy:
 
     Attributes:
         reference: by stream, the reference policy; empty until `prepare_reference`.
+        known_weights: `model_hash` of the model before unlearning, where whoever built the trainer has taken it and
+            changes nothing before `train`: it reads every weight, a second a gigabyte.
     """
 
+    known_weights: str | None = None
     reference: dict[str, AdapterReference | ModelReference | PrecomputedReference | StatesReference]
 
     def _begin_reference(self, reference_model: str | PreTrainedModel | None) -> None:
@@ -46,16 +49,24 @@ class ReferencePolicy:
 
     def reference_mode(self, stream: str) -> str:
         """`adapter`, `precomputed` or `model`: what `args.reference` comes to on a stream."""
-        has_own_adapter = self._has_fresh_adapter and not self.has_reference_model
+        mode = self._wished_mode(stream)
         is_whole = self.references(self.args)[stream] == "logits"
-        mode = self.args.reference
-        if mode == "auto":
-            mode = "adapter" if has_own_adapter else "precomputed"
-            if mode == "precomputed" and is_whole and not self._reads_every_row(stream):
-                mode = "model"
         if mode == "precomputed" and is_whole and (is_sharded() or stream in self._without_states):
-            return "adapter" if has_own_adapter else "model"
+            return "adapter" if self._has_own_adapter else "model"
         return mode
+
+    @property
+    def _has_own_adapter(self) -> bool:
+        return self._has_fresh_adapter and not self.has_reference_model
+
+    def _wished_mode(self, stream: str) -> str:
+        """What would be best for a stream, if hidden states can be kept."""
+        if self.args.reference != "auto":
+            return self.args.reference
+        is_whole = self.references(self.args)[stream] == "logits"
+        if self._has_own_adapter:
+            return "adapter"
+        return "model" if is_whole and not self._reads_every_row(stream) else "precomputed"
 
     def positions(self, stream: str) -> str:
         """The positions of a stream that the loss reads: `completion`, or `all_text` for a KL that is taken there."""
@@ -87,8 +98,16 @@ class ReferencePolicy:
             logger.warning(
                 "The model's adapter is trained already; reference='adapter' compares with the base below it."
             )
-        if self.args.reference == "precomputed" and "logits" in needs.values() and is_sharded():
-            logger.warning("Hidden states are not kept under ZeRO-3 and FSDP: a KL's reference is run at every step.")
+        without = [
+            name for name, need in needs.items() if need == "logits" and self._wished_mode(name) == "precomputed"
+        ]
+        if without and is_sharded():
+            logger.warning(
+                "Hidden states are not kept under ZeRO-3 and FSDP: the reference of the KL on %s is run at every step, "
+                "reference=%r is used instead.",
+                " and ".join(without),
+                self.reference_mode(without[0]),
+            )
         if self.args.reference_dtype is not None and (
             "logits" not in needs.values() or self.args.reference not in ("auto", "precomputed")
         ):
@@ -158,6 +177,11 @@ class ReferencePolicy:
         with whole_weights():
             return self._load_reference(self.model.config._name_or_path)
 
+    def _weights_before(self) -> str | None:
+        """`known_weights` where building the trainer cannot have changed them, as some adapters and casts do."""
+        has_own = not isinstance(self.model, PeftModel) or self._has_fresh_adapter
+        return self.known_weights if has_own and not getattr(self.model, "is_quantized", False) else None
+
     def _reference_builder(self, model: nn.Module) -> ReferenceBuilder:
         return ReferenceBuilder(
             model.to(self.args.device),
@@ -165,4 +189,5 @@ class ReferencePolicy:
             self.accelerator,
             self.args.per_device_eval_batch_size,
             self.args.reference_cache_dir,
+            self._weights_before() if model is self.model else None,
         )

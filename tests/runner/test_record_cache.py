@@ -78,3 +78,29 @@ def test_whatever_changes_makes_them_anew(changed, scorer, make_task, count_runs
         monkeypatch.setattr(record_cache, "code_fingerprint", lambda: "other")
     cache.run([task], scorer, answers=changed == "answers")
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize("fault", ["cut off", "changed", "renamed", "of an earlier version"])
+def test_what_cannot_be_trusted_is_made_anew(fault, scorer, make_task, count_runs, tmp_path, caplog):
+    task = make_task()
+    runs, cache = count_runs(task), RecordCache(tmp_path / "records")
+    first = cache.run([task], scorer, answers=False)
+    (path,) = (tmp_path / "records").iterdir()
+    text = path.read_text()
+    if fault == "renamed":
+        cache.run([make_task(rejected=" The tall one.")], scorer, answers=False)
+        (other,) = set((tmp_path / "records").iterdir()) - {path}
+        text = other.read_text()
+        runs.pop()
+    cuts = {"cut off": text[:-9], "changed": text.replace("planted", "planned"), "of an earlier version": "[]"}
+    path.write_text(cuts.get(fault, text))
+    assert cache.run([make_task()], scorer, answers=False) == json.loads(json.dumps(first))
+    assert len(runs) == 2 and f"{path} is not read" in caplog.text
+    assert cache.run([make_task()], scorer, answers=False) == json.loads(json.dumps(first))
+    assert len(runs) == 2
+
+
+def test_records_that_no_disk_takes_are_made_all_the_same(scorer, make_task, tmp_path, caplog):
+    (tmp_path / "records").write_text("a file where a folder should be")
+    made = RecordCache(tmp_path / "records").run([make_task()], scorer, answers=False)
+    assert len(made["planted"]) == 3 and "Records cannot be kept in" in caplog.text

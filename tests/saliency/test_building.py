@@ -86,10 +86,13 @@ def test_per_batch_squares_the_gradient_of_the_mean(builder, sets):
 def test_a_mask_does_not_depend_on_how_many_rows_are_taken_at_once(settings, builder, sets, tmp_path):
     batched = builder().mask(*sets)
     other = builder(**settings)
-    path = other._path(batched.provenance)
-    assert path.is_file(), "the cache holds it for both"
+    (path,) = (tmp_path / "masks").iterdir()
+    written = path.stat().st_mtime_ns
+    other.mask(*sets)
+    assert path.stat().st_mtime_ns == written, "the cache holds it for both"
     path.unlink()
     again = other.mask(*sets)
+    assert path.is_file()
     for name in batched.bits:
         if not name.endswith("k_proj.bias"):  # 0 but for rounding
             assert (batched.get(name) == again.get(name)).float().mean() > 0.999, name
@@ -111,7 +114,7 @@ def test_a_mask_is_made_once(builder, sets, tmp_path, caplog):
     (file,) = (tmp_path / "masks").iterdir()
     caplog.set_level(logging.INFO)
     again = builder(one_pass=True).mask(*sets)
-    assert f"Saliency mask: {file}" in caplog.text
+    assert f"Saliency mask of the run: {file}" in caplog.text
     assert all(torch.equal(first.bits[name], again.bits[name]) for name in first.bits)
     assert again.provenance["target"]["rows"] == 5 and again.provenance["preserve"]["rows"] == 7
 
@@ -129,6 +132,38 @@ def test_whatever_changes_makes_a_new_mask(changed, builder, sets, tmp_path):
         made = builder()
     made.mask(target, preserve)
     assert len(list((tmp_path / "masks").iterdir())) == 2
+
+
+@pytest.mark.parametrize("fault", ["renamed", "damaged", "cut off"])
+def test_a_file_that_is_not_the_mask_is_refused_and_made_anew(fault, builder, sets, tmp_path, caplog):
+    mask = builder().mask(*sets)
+    (path,) = (tmp_path / "masks").iterdir()
+    if fault == "renamed":
+        builder(threshold=2.0).mask(*sets)
+        (other,) = set((tmp_path / "masks").iterdir()) - {path}
+        path.write_bytes(other.read_bytes())
+    data = bytearray(path.read_bytes())
+    data[-3] ^= fault == "damaged"
+    path.write_bytes(data[: -5 if fault == "cut off" else None])
+    again = builder().mask(*sets)
+    expected = {"renamed": "other threshold (2.0, expected 1.0)", "damaged": "checksum", "cut off": "it is damaged"}
+    assert f"{path} is not read" in caplog.text and expected[fault] in caplog.text
+    exact = [name for name in mask.bits if not name.endswith("k_proj.bias")]  # those are 0 but for rounding
+    assert min((mask.get(name) == again.get(name)).float().mean() for name in exact) > 0.999
+    caplog.clear()
+    builder().mask(*sets)
+    assert not caplog.text
+
+
+def test_a_disk_that_takes_nothing_leaves_masks_and_sums_in_memory(builder, sets, tmp_path, caplog):
+    expected = builder().mask(*sets)
+    made = builder()
+    made.cache_dir = tmp_path / "file"
+    made.cache_dir.write_text("a file where a folder should be")
+    mask = made.mask(*sets)
+    assert "cannot wait in" in caplog.text and "Saliency mask of the run cannot be kept" in caplog.text
+    exact = [name for name in mask.bits if not name.endswith("k_proj.bias")]  # those are 0 but for rounding
+    assert min((mask.get(name) == expected.get(name)).float().mean() for name in exact) > 0.999
 
 
 def test_settings_out_of_range_are_listed_together():

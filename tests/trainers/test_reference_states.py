@@ -1,22 +1,31 @@
 """A KL's reference as hidden states on disk and the frozen head."""
 
-import errno
+import json
 import logging
-from collections import namedtuple
+import resource
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
-from biasunlearn_trainer import reference as reference_module
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import forward_completions
+from biasunlearn_trainer.kept_files import checksum
 from biasunlearn_trainer.models import load_model, load_processor
 from biasunlearn_trainer.reference import AdapterReference, ModelReference, PrecomputedReference
-from biasunlearn_trainer.reference_states import StatesReference, StatesUnavailable, forward_states, frozen_head
+from biasunlearn_trainer.reference_states import (
+    StatesReference,
+    StatesUnavailable,
+    StatesWriter,
+    forward_states,
+    frozen_head,
+)
 
 KL = {"npo": {"retain_loss": "kl"}, "simnpo": {"retain_loss": "kl"}, "dpo": {"retain_loss": "kl"}}
 OFF = {"dynamic_swapping": False, "early_stop": False, "keep_best": False}
@@ -71,11 +80,14 @@ def test_a_kl_on_the_forget_set_and_its_text_agrees(make_trainer):
 def test_bfloat16_on_request_is_half_the_file_and_near(make_trainer, tmp_path):
     terms, sizes = [], []
     for dtype in (None, "bfloat16"):
-        terms.append(gradients(make_trainer("kl_min", reference="precomputed", reference_dtype=dtype))[0]["kl/retain"])
-        sizes.append(max(path.stat().st_size for path in (tmp_path / "references").glob("*.bin")) if not sizes else 0)
+        trainer = make_trainer("kl_min", reference="precomputed", reference_dtype=dtype)
+        terms.append(gradients(trainer)[0]["kl/retain"])
+        sizes.append(trainer.reference["retain"].held.states.nbytes)
     torch.testing.assert_close(terms[1], terms[0], atol=1e-2, rtol=1e-2)
     assert not torch.equal(*terms)
-    assert sorted(path.stat().st_size for path in (tmp_path / "references").glob("*.bin")) == [sizes[0] / 2, sizes[0]]
+    tables = StatesWriter.HEADER_BYTES + 24 * 5  # starts, lengths and log-probabilities of five rows
+    files = sorted(path.stat().st_size for path in (tmp_path / "references").iterdir())
+    assert sizes[0] == 2 * sizes[1] and files == [tables + sizes[1], tables + sizes[0]]
 
 
 def test_the_head_is_the_models_own_where_it_is_frozen_and_a_copy_where_not(make_trainer):
@@ -96,7 +108,7 @@ def test_the_file_is_kept_told_of_and_remade_for_what_it_depends_on(make_trainer
     caplog.set_level(logging.INFO)
 
     def files():
-        return set((tmp_path / "references").glob("*.bin"))
+        return set((tmp_path / "references").glob("*.safetensors"))
 
     for more, expected in (({}, 1), ({}, 1), ({"kl_positions": "all_text"}, 2), ({"append_eos": False}, 3)):
         make_trainer("kl_min", reference="precomputed", max_steps=1, **more).train()
@@ -104,35 +116,94 @@ def test_the_file_is_kept_told_of_and_remade_for_what_it_depends_on(make_trainer
     assert "Reference hidden states of the retain set take 0.0 MiB" in caplog.text
     make_trainer("kl_min", reference="precomputed", max_steps=1, num_forget=3).train()
     assert len(files()) == 3  # the forget set is no part of it
-    whole = {path: path.stat().st_size for path in files()}
-    for path in files():
-        path.write_bytes(b"cut")
-    trainer = make_trainer("kl_min", reference="precomputed", max_steps=1)
-    trainer.train()
-    assert isinstance(trainer.reference["retain"], StatesReference)
-    assert sum(path.stat().st_size == size for path, size in whole.items()) == 1
 
 
-def test_without_room_on_the_disk_a_second_model_is_used_and_said(make_trainer, tmp_path, monkeypatch, caplog):
-    usage = namedtuple("usage", "total used free")(10**6, 10**6, 10)
-    monkeypatch.setattr(reference_module.shutil, "disk_usage", lambda path: usage)
-    trainer = make_trainer("npo", reference="precomputed", retain_loss="kl", max_steps=1)
+@pytest.mark.skipif(sys.platform != "linux", reason="/sys is a folder without room for anything")
+def test_without_room_on_the_disk_a_second_model_is_used_and_said(make_trainer, caplog):
+    settings = {"reference": "precomputed", "retain_loss": "kl", "max_steps": 1, "reference_cache_dir": "/sys"}
+    trainer = make_trainer("npo", **settings)
     trainer.train()
     assert isinstance(trainer.reference["retain"], ModelReference)
-    assert isinstance(trainer.reference["forget"], PrecomputedReference)
-    assert "0.0 MiB are free there" in caplog.text and "reference='model' is used instead" in caplog.text
-    lora = make_trainer("npo", peft_config=LoraConfig(r=2), reference="precomputed", retain_loss="kl", max_steps=1)
+    assert "and 0.0 MiB are free there" in caplog.text and "reference='model' is used instead" in caplog.text
+    assert isinstance(trainer.reference["forget"], PrecomputedReference)  # in memory
+    assert "Reference log-probabilities of the forget set cannot be kept in /sys" in caplog.text
+    lora = make_trainer("npo", peft_config=LoraConfig(r=2), **settings)
     lora.train()
     assert isinstance(lora.reference["retain"], AdapterReference)
 
 
-def test_a_disk_that_fills_up_while_writing_leaves_no_half_file(make_trainer, tmp_path, monkeypatch, caplog):
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(reference_module, "_append", lambda file, states: full)
+@pytest.mark.parametrize("room", [18_000, 10])
+def test_a_disk_that_fills_up_while_writing_leaves_no_half_file(room, make_trainer, tmp_path, caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     trainer = make_trainer("kl_min", reference="precomputed", max_steps=1)
-    trainer.train()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        trainer.prepare_reference()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert isinstance(trainer.reference["retain"], ModelReference)
-    assert "No space left" in caplog.text and not [*(tmp_path / "references").iterdir()]
+    assert "File too large" in caplog.text and not [*(tmp_path / "references").iterdir()]
+    trainer.train()
+
+
+@pytest.mark.parametrize("fault", ["cut off", "a bit", "other rows", "other layout"])
+def test_a_file_that_does_not_fit_is_refused_and_made_anew(fault, make_trainer, tmp_path, caplog):
+    def made(**more):
+        trainer = make_trainer("kl_min", reference="precomputed", max_steps=1, **more)
+        trainer.prepare_reference()
+        return trainer.reference["retain"].held
+
+    first = made()
+    (path,) = (tmp_path / "references").iterdir()
+    states, data = first.states.clone(), bytearray(path.read_bytes())
+    if fault == "other rows":
+        made(append_eos=False)
+        (other,) = set((tmp_path / "references").iterdir()) - {path}
+        data = other.read_bytes()
+    elif fault == "other layout":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        lengths, parts = first.lengths + 1, {"starts": first.starts, "logps": first.logps.double(), "states": states}
+        metadata["checksums"] = json.dumps({name: checksum(v) for name, v in {**parts, "lengths": lengths}.items()})
+        save_file({**parts, "lengths": lengths}, path, metadata)
+        data = path.read_bytes()
+    else:
+        data[-1] ^= 1 * (fault == "a bit")
+    path.unlink()
+    path.write_bytes(data[: -4 if fault == "cut off" else None])
+    caplog.clear()
+    again = made()
+    assert f"{path} is not read" in caplog.text
+    words = {"other rows": "other append_eos (False, expected True)", "other layout": "states, expected"}
+    assert words.get(fault, "damaged") in caplog.text
+    assert torch.equal(again.states, states)
+    caplog.clear()
+    assert torch.equal(made().states, states) and not caplog.text
+
+
+def test_another_model_tokenizer_set_or_setting_is_named(make_trainer, tiny_llama, tmp_path, caplog):
+    def message(**more):
+        caplog.clear()
+        make_trainer("kl_min", **{"reference": "precomputed", "max_steps": 1, **more}).prepare_reference()
+        return caplog.text
+
+    assert not message()
+    model = load_model(str(tiny_llama))
+    model.lm_head.weight.data += 0.01
+    assert "other model weights (" in message(model=model)
+    model = load_model(str(tiny_llama))
+    model.config.rms_norm_eps *= 2  # the same weights compute something else
+    assert "other model settings (" in message(model=model)
+    assert "other max_length (None, expected 64)" in message(max_length=64)
+    assert "other positions (completion, expected all_text)" in message(kl_positions="all_text")
+    assert "other dtype (float32, expected bfloat16)" in message(reference_dtype="bfloat16")
+    rows = [{"prompt": "Who?", "completion": " Nobody."}] * 2
+    assert "other rows (5 with digest" in message(datasets={"forget_dataset": rows, "retain_dataset": rows})
+    trainer = make_trainer("kl_min", reference="precomputed", max_steps=1)
+    trainer.collator.processing_class.add_tokens(["tall"])
+    trainer.prepare_reference()
+    assert "other tokenizer or processor (" in caplog.text
+    assert not message() and len([*(tmp_path / "references").iterdir()]) == 8
 
 
 def test_auto_takes_a_second_model_where_the_run_is_too_short_for_every_row(make_trainer, text_rows):
