@@ -200,7 +200,7 @@ def test_another_model_tokenizer_set_or_setting_is_named(make_trainer, tiny_llam
     rows = [{"prompt": "Who?", "completion": " Nobody."}] * 2
     assert "other rows (5 with digest" in message(datasets={"forget_dataset": rows, "retain_dataset": rows})
     trainer = make_trainer("kl_min", reference="precomputed", max_steps=1)
-    trainer.collator.processing_class.add_tokens(["tall"])
+    trainer.collator.processing_class.add_tokens(["zzz"])
     trainer.prepare_reference()
     assert "other tokenizer or processor (" in caplog.text
     assert not message() and len([*(tmp_path / "references").iterdir()]) == 8
