@@ -14,13 +14,17 @@ STEPS = 4
 METHODS: dict[str, dict[str, Any]] = {
     "ga": {},
     "ga_diff": {},
+    "ga_diff, image features": {"cache_image_features": True, "trainable_groups": ["language_model"]},
     "kl_min": {"reference": "model"},
+    "kl_min, hidden states": {"reference": "precomputed"},
+    "kl_min, hidden states, plain losses": {"reference": "precomputed", "fused_losses": False},
     "npo": {},
     "npo, KL retain": {"retain_loss": "kl"},
     "simnpo": {},
     "dpo": {},
     "pubg": {},
     "biasunlearn": {},
+    "biasunlearn, hidden states": {"reference": "precomputed"},
     "mmunlearner": {},
     "mmunlearner, update": {"mask_scope": "update"},
 }
@@ -112,7 +116,8 @@ def learn(folder: Path, method: str, case: dict[str, Any], backend: str, device:
         use_cpu=device == "cpu",
         disable_tqdm=True,
         bf16=False,
-        reference_cache_dir=str(folder / "references"),
+        # Each launch computes its own references: it is one of the things that are compared.
+        reference_cache_dir=str(folder / f"references-{backend}"),
         saliency_cache_dir=str(folder / "saliency"),
         **METHODS[method],
         **case["settings"],

@@ -59,7 +59,7 @@ def run(backend: str | None, processes: int, arguments: argparse.Namespace, fold
     print(f"{NAMES.get(backend, 'one process')} ...", file=sys.stderr, flush=True)
     done = subprocess.run(
         command,
-        env={**os.environ, **environment(backend, arguments.device)},
+        env={**os.environ, **environment(backend, arguments.device), "BIASUNLEARN_CACHE": f"{output}-cache"},
         capture_output=not arguments.verbose,
         text=True,
     )
