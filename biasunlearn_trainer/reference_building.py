@@ -161,9 +161,9 @@ class ReferenceBuilder:
 
         state = self.accelerator
         writer, fault = begin() if state.is_main_process else (None, None)
-        if state.num_processes > 1:  # whoever sees the main process's file shares its disk
-            (of_main,) = broadcast_object_list([writer and writer.path])
-            if state.is_local_main_process and of_main is not None and not of_main.exists():
+        if state.num_processes > 1:  # whoever sees the main process's file shares its folder
+            (of_main,) = broadcast_object_list([writer and writer.path.name])
+            if state.is_local_main_process and of_main and not (self.cache_dir / of_main).exists():
                 writer, fault = begin()
         return writer, fault
 
