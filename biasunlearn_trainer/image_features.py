@@ -60,7 +60,7 @@ class ImageFeatures:
             )
         self._folder = folder
         self._parts = {"encoder weights": _digest(frozen), "model settings": config_fingerprint(model)}
-        self._places: dict[str, dict[str, Any]] = {}
+        self._places: dict[str, list[dict[str, Any]]] = {}  # two runs may have kept one picture
         self._whole: set[str] = set()  # whose checksum was looked at
         self._opened: Path | None = None
         self._precision = ""
@@ -103,7 +103,9 @@ class ImageFeatures:
             for line in lines:
                 try:
                     entry = json.loads(line)
-                    self._places[entry["picture"]] = entry | {"file": str(index.with_suffix(".bin"))}
+                    self._places.setdefault(entry["picture"], []).append(
+                        entry | {"file": str(index.with_suffix(".bin"))}
+                    )
                 except (ValueError, KeyError, TypeError):
                     continue  # a run ended while it wrote the line
         if self._places:
@@ -130,23 +132,18 @@ class ImageFeatures:
 
     def _read(self, key: str) -> Tensor | None:
         """A picture's features, memory-mapped; None where they are not there, or damaged, which is said."""
-        place = self._places.get(key)
-        if place is None:
-            return None
-        count, dtype = math.prod(place["shape"]), getattr(torch, place["dtype"])
-        try:
-            if os.stat(place["file"]).st_size < (place["start"] + count) * dtype.itemsize:
-                raise OSError("it is cut off")
-            values = torch.from_file(place["file"], shared=False, size=place["start"] + count, dtype=dtype)
-            values = values[place["start"] :].view(place["shape"])
-            if key not in self._whole and checksum(values) != place["checksum"]:
-                raise OSError("another checksum than when written")
-        except (OSError, RuntimeError) as err:
-            logger.warning("Image features: %s is damaged (%s). Made anew.", place["file"], err)
-            del self._places[key]
-            return None
-        self._whole.add(key)
-        return values
+        places = self._places.get(key, [])
+        while places:
+            try:
+                values = _mapped(places[-1])
+                if key not in self._whole and checksum(values) != places[-1]["checksum"]:
+                    raise OSError("another checksum than when written")
+                self._whole.add(key)
+                return values
+            except (OSError, RuntimeError) as err:
+                logger.warning("Image features: %s is damaged (%s). Made anew.", places[-1]["file"], err)
+                places.pop()
+        return None
 
     def _append(self, key: str, values: Tensor) -> None:
         """Keeps a picture's features; a disk without room is said once, and pictures are computed again from then."""
@@ -170,7 +167,16 @@ class ImageFeatures:
             self._is_full = True
             return
         self._whole.add(key)
-        self._places[key] = entry | {"file": str(data)}
+        self._places.setdefault(key, []).append(entry | {"file": str(data)})
+
+
+def _mapped(place: dict[str, Any]) -> Tensor:
+    """What lies at a place of a file."""
+    end, dtype = place["start"] + math.prod(place["shape"]), getattr(torch, place["dtype"])
+    if os.stat(place["file"]).st_size < end * dtype.itemsize:
+        raise OSError("it is cut off")
+    values = torch.from_file(place["file"], shared=False, size=end, dtype=dtype)
+    return values[place["start"] :].view(place["shape"])
 
 
 def _pictures(batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor | None]]:
@@ -190,11 +196,13 @@ def _picture_key(pixels: Tensor, grid: Tensor | None) -> str:
 
 
 def _computed(model: nn.Module, pictures: list[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
-    """(tokens, D) of each picture."""
-    pixels, grids = zip(*pictures, strict=True)
-    extra = {} if grids[0] is None else {"image_grid_thw": torch.cat(grids)}
+    """(tokens, D) of each picture, each by itself: to the last bit the same, whatever is missing beside it."""
+    found = []
     with evaluating(model):
-        return list(model.get_image_features(torch.cat(pixels), **extra, return_dict=True).pooler_output)
+        for pixels, grid in pictures:
+            extra = {} if grid is None else {"image_grid_thw": grid}
+            found += list(model.get_image_features(pixels, **extra, return_dict=True).pooler_output)
+    return found
 
 
 def _as_output(model: nn.Module, features: list[Tensor]) -> Any:

@@ -212,6 +212,18 @@ def test_auto_takes_a_second_model_where_the_run_is_too_short_for_every_row(make
     assert modes == ["model", "precomputed"]  # two rows a step: 8 and 10 of 9
 
 
+@pytest.mark.parametrize("reference", ["auto", "precomputed"])
+def test_sharded_weights_keep_no_states_and_the_log_says_so(reference, make_trainer, monkeypatch, caplog):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert make_trainer("kl_min", reference=reference).reference_mode("retain") == "model"
+    assert "Hidden states are not kept under ZeRO-3 and FSDP: the reference of the KL on retain" in caplog.text
+    assert "reference='model' is used instead" in caplog.text
+    caplog.clear()
+    make_trainer("kl_min", peft_config=LoraConfig(r=2))  # takes its adapter anyway
+    make_trainer("npo", reference="precomputed")  # has no KL
+    assert "Hidden states" not in caplog.text
+
+
 @pytest.mark.parametrize("family", ["llama", "llava", "qwen2vl", "blip2", "minigpt4"])
 def test_every_family_shows_what_its_head_is_given(family, tiny_family, text_rows, image_rows):
     folder = str(tiny_family(family))
