@@ -229,8 +229,9 @@ def _is_abandoned(partial: Path) -> bool:
     """Whether nobody writes a half-written file any more: its process is gone, or, on another machine, silent."""
     try:
         *_, host, pid, _, _ = partial.name.split(".")
+        number = int(pid)
         if host == _node():
-            os.kill(int(pid), 0)
+            os.kill(number, 0)
         return time.time() - partial.stat().st_mtime > ABANDONED_SECONDS
     except ProcessLookupError:
         return True

@@ -57,9 +57,9 @@ def test_the_command_writes_what_a_run_then_finds_in_the_cache(recipe, tmp_path,
     text = (tmp_path / "shown" / "saliency.md").read_text()
     assert said in text and "Threshold 1, Fisher per_sample, 6 rows to forget, 6 to preserve." in text
     (cached,) = (tmp_path / "masks").iterdir()
-    caplog.set_level(logging.INFO, "biasunlearn_trainer.saliency.building")
+    caplog.set_level(logging.INFO, "biasunlearn_trainer.kept_files")
     run(parse_recipe(recipe()))
-    assert f"Saliency mask: {cached}" in caplog.text and len(list((tmp_path / "masks").iterdir())) == 1
+    assert f"Saliency mask of the run: {cached}" in caplog.text and len(list((tmp_path / "masks").iterdir())) == 1
     # The run says the same, and its report shows it.
     assert {path.name for path in (tmp_path / "out").iterdir()} >= FILES
     assert json.loads((tmp_path / "out" / "saliency.json").read_text())["salient"] == data

@@ -100,6 +100,26 @@ def test_the_table_is_kept_and_remade_for_another_model_or_set(make_trainer, tmp
     assert len(files()) == 4
 
 
+def test_a_digest_of_the_weights_is_handed_on_where_they_are_still_those(make_trainer, tiny_llama):
+    """Whoever took it spares the run a second reading of all weights; an adapter that is no fresh one counts itself."""
+    trained = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    cases = {"full": None, "fresh": LoraConfig(r=2), "trained": trained}
+    for name, adapter in cases.items():
+        for known in (None, "taken before"):
+            trainer = make_trainer("npo", peft_config=adapter, reference="precomputed", saliency_mask="fisher")
+            trainer.known_weights = known
+            reference = trainer._reference_builder(trainer.model)._parts["model weights"]
+            is_handed_on = known is not None and name != "trained"
+            assert reference == (known if is_handed_on else model_hash(trainer.model))
+            # A mask is made of gradients, which a fresh adapter changes.
+            whole = model_hash(trainer.model, skip_fresh_adapter=False)
+            assert trainer._counted_weights() == (known if is_handed_on and name == "full" else whole)
+    trainer = make_trainer("npo", max_steps=1)
+    trainer.known_weights = "taken before"
+    trainer.train()
+    assert trainer.known_weights is None
+
+
 def test_another_model_as_the_reference(make_trainer, tiny_llama, tmp_path):
     other = load_model(str(tiny_llama))
     other.lm_head.weight.data.mul_(2.0)
