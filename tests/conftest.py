@@ -33,6 +33,24 @@ def stories_model() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def launch_environment():
+    """`launch_environment(backend)`: what a launch as in recipes/accelerate sets on a CPU; skips without it."""
+
+    def environment(backend):
+        if backend.startswith("zero"):
+            pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+        return benchmark.environment(backend, "cpu")
+
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("backends_for_tests", folder / "backends.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)  # for the module beside it
+        spec.loader.exec_module(benchmark)
+    return environment
+
+
 @pytest.fixture
 def hub():
     """A server on loopback that speaks the Hub's routes for uploads and downloads (tests/hub_server.py)."""

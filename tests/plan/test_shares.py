@@ -1,6 +1,5 @@
 """What a rank of two really holds under ZeRO-2 and ZeRO-3, on the CPU, against the plan's shares."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -20,21 +19,11 @@ CASES = {
 }
 
 
-def launch_environment(backend):
-    """What `accelerate launch` would set, as the benchmark of the backends has it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # for the module beside it
-    spec = importlib.util.spec_from_file_location("backends_for_plan", ROOT / "benchmarks" / "backends.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.pop(0)
-    return module.environment(backend, "cpu")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero2", "zero3"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_rank_holds_what_the_plan_says(case, backend, write_recipe, tmp_path):
-    pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
+def test_a_rank_holds_what_the_plan_says(case, backend, write_recipe, launch_environment, tmp_path):
+    environment = launch_environment(backend)
     path = write_recipe(bf16=True, per_device_train_batch_size=2, **CASES[case])
     made = plan(parse_recipe([path, "--plan_backend", backend, "--plan_processes", "2"]))
     # The plan's gradients are those of the fullest moment; before the optimizer's step a rank has its half of them all.
@@ -43,7 +32,7 @@ def test_a_rank_holds_what_the_plan_says(case, backend, write_recipe, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*launch, str(Path(__file__).with_name("held_shares.py")), path, str(tmp_path / "held")],
-        env={**os.environ, **launch_environment(backend)},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=400,

@@ -47,6 +47,23 @@ def make_trainer(tiny_llama, tiny_llava, text_rows, image_rows, tmp_path):
     return make
 
 
+@pytest.fixture
+def alike(text_rows, image_rows):
+    """The sets of a method, all of about one length and one modality."""
+
+    def make(method, modality):
+        rows = text_rows if modality == "text" else image_rows
+        forget, others = rows(4, "f"), rows(4, "r")
+        if method == "pubg":
+            forget = guided(forget)
+        if method == "biasunlearn":
+            return bias_pairs(forget, others) | {"utility_dataset": rows(4, "u"), "bias_probe": one_type_swapped}
+        has_retain = "retain" in get_method(method)[0].streams(get_method(method)[1](output_dir="x"))
+        return {"forget_dataset": forget} | ({"retain_dataset": others} if has_retain else {})
+
+    return make
+
+
 def guided(rows):
     """Rows with reference answers of different lengths; the original model stands behind every second one."""
     return [

@@ -9,27 +9,7 @@ from peft import LoraConfig
 from biasunlearn_trainer.collators import form_of, join_batches
 from biasunlearn_trainer.completions import forward_completions
 from biasunlearn_trainer.trainers import passes
-from biasunlearn_trainer.trainers.registry import METHODS, get_method
-from tests.trainers.conftest import bias_pairs, guided, one_type_swapped
-
-KL_METHODS = ("npo", "simnpo", "dpo", "pubg")
-
-
-@pytest.fixture
-def alike(text_rows, image_rows):
-    """The sets of a method, all of about one length and one modality."""
-
-    def make(method, modality):
-        rows = text_rows if modality == "text" else image_rows
-        forget, others = rows(4, "f"), rows(4, "r")
-        if method == "pubg":
-            forget = guided(forget)
-        if method == "biasunlearn":
-            return bias_pairs(forget, others) | {"utility_dataset": rows(4, "u"), "bias_probe": one_type_swapped}
-        has_retain = "retain" in get_method(method)[0].streams(get_method(method)[1](output_dir="x"))
-        return {"forget_dataset": forget} | ({"retain_dataset": others} if has_retain else {})
-
-    return make
+from biasunlearn_trainer.trainers.registry import METHODS
 
 
 def step(trainer, monkeypatch):
@@ -110,10 +90,9 @@ def test_pictures_beside_text_go_apart(make_trainer, text_rows, image_rows, monk
     assert len(step(make_trainer("ga_diff", "image", datasets=sets), monkeypatch)[-1]) == 2
 
 
-def test_the_longest_goes_alone_and_the_others_together(make_trainer, text_rows, monkeypatch):
-    sets = bias_pairs(text_rows(4, "f"), text_rows(4, "r"))
-    sets["utility_dataset"] = [{**row, "prompt": row["prompt"] * 3} for row in text_rows(4, "u")]
-    trainer = make_trainer("biasunlearn", datasets=sets | {"bias_probe": one_type_swapped})
+def test_the_longest_goes_alone_and_the_others_together(make_trainer, alike, text_rows, monkeypatch):
+    long = [{**row, "prompt": row["prompt"] * 3} for row in text_rows(4, "u")]
+    trainer = make_trainer("biasunlearn", datasets=alike("biasunlearn", "text") | {"utility_dataset": long})
     trainer.prepare_reference()
     batch = trainer.data_collator([trainer.train_dataset[draw] for draw in (0, 1)])
     assert [sorted(group) for group in trainer._count([batch]).groups] == [["utility"], ["forget", "retain"]]

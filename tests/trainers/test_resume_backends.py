@@ -73,12 +73,8 @@ print("as one run")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["ddp", "zero2", "zero3"])
-def test_two_processes_go_on_from_a_checkpoint_of_two(backend, tiny_llama, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if backend != "ddp":
-        pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-        stage = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": backend[-1]}
-        environment |= stage | {"DS_ACCELERATOR": "cpu"}
+def test_two_processes_go_on_from_a_checkpoint_of_two(backend, tiny_llama, launch_environment, tmp_path):
+    environment = {**os.environ, **launch_environment(backend)}
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
