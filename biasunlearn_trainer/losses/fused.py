@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# Elements of a chunk: 16 MiB in float32, 131 positions of 32,000 words.
-CHUNK = 1 << 22
+# Elements of a chunk. On a CPU a chunk stays in the core's own cache, which halves the time; a GPU needs larger pieces.
+CHUNK = {"cpu": 1 << 17}
+ELSEWHERE = 1 << 22
 
 
-def chunks(num_positions: int, num_words: int) -> Iterator[slice]:
-    """The positions in pieces of about `CHUNK` logits."""
-    step = max(1, CHUNK // max(1, num_words))
+def chunks(logits: Tensor) -> Iterator[slice]:
+    """The (N, V) logits' positions in pieces of about `CHUNK` elements."""
+    num_positions, num_words = logits.shape
+    step = max(1, CHUNK.get(logits.device.type, ELSEWHERE) // max(1, num_words))
     for start in range(0, num_positions, step):
         yield slice(start, start + step)
 
@@ -35,7 +37,7 @@ class TokenLogProbs(torch.autograd.Function):
         """`logits` (N, V), `targets` (N,); returns (N,) in at least float32."""
         picked = _upcast(logits.gather(-1, targets[:, None]).squeeze(-1))
         normaliser = torch.empty_like(picked)
-        for rows in chunks(*logits.shape):
+        for rows in chunks(logits):
             normaliser[rows] = _upcast(logits[rows]).logsumexp(-1)
         ctx.save_for_backward(logits, targets, normaliser)
         return picked - normaliser
@@ -46,7 +48,7 @@ class TokenLogProbs(torch.autograd.Function):
         """Softmax and one-hot cancel for a confident token, so they are taken apart before they are rounded."""
         logits, targets, normaliser = ctx.saved_tensors
         found = torch.empty_like(logits)
-        for rows in chunks(*logits.shape):
+        for rows in chunks(logits):
             weight = grad[rows, None]
             part = (_upcast(logits[rows]) - normaliser[rows, None]).exp_().mul_(-weight)
             found[rows] = part.scatter_add_(-1, targets[rows, None], weight)
@@ -66,7 +68,7 @@ class TokenKL(torch.autograd.Function):
         keeps = ctx.needs_input_grad[0]
         values = policy.new_empty(len(policy), dtype=torch.promote_types(policy.dtype, torch.float32))
         gradient = torch.empty_like(policy) if keeps else None
-        for rows in chunks(*policy.shape):
+        for rows in chunks(policy):
             own, other = (_upcast(part).log_softmax(-1) for part in (policy[rows], reference(rows)))
             first, second = (other, own) if is_forward else (own, other)
             weight = first.exp()

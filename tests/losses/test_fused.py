@@ -12,7 +12,7 @@ N, V = 37, 300
 @pytest.fixture(params=[1, 7 * V + 5, 1 << 22])
 def chunk(request, monkeypatch):
     """Chunks of one position, of seven (which 37 is no multiple of), and of all."""
-    monkeypatch.setattr(fused, "CHUNK", request.param)
+    monkeypatch.setitem(fused.CHUNK, "cpu", request.param)
 
 
 def drawn(seed, dtype=torch.float32, scale=4.0):
@@ -52,7 +52,7 @@ def test_chunks_equal_the_plain_formula(name, dtype, chunk):
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_gradcheck_over_chunks(direction, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 10)
+    monkeypatch.setitem(fused.CHUNK, "cpu", 10)
     policy, reference = (drawn(seed, torch.float64)[:5, :5].detach().requires_grad_() for seed in (0, 1))
     assert torch.autograd.gradcheck(lambda x: token_kl(x, reference, direction), policy)
     assert torch.autograd.gradcheck(lambda x: token_log_probs(x, torch.arange(5)), policy)
@@ -88,7 +88,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "most"), [("log probs", 1), ("forward", 2), ("reverse", 2)])
 def test_how_many_tensors_of_the_logits_size_are_made(name, most, monkeypatch):
-    monkeypatch.setattr(fused, "CHUNK", 7 * V)
+    monkeypatch.setitem(fused.CHUNK, "cpu", 7 * V)
     logits, reference, counts = drawn(0), drawn(1).detach(), []
     for is_fused in (True, False):
         before = {tensor.untyped_storage()._cdata for tensor in (logits, reference)}
