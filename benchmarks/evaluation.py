@@ -20,14 +20,15 @@ import argparse
 import gzip
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import biasunlearn_trainer  # noqa: F401  before transformers: torchvision then goes with a torch for the CPU
 
 # isort: split
 import torch
+from rounds import seconds
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -88,34 +89,92 @@ def best_possible(sentences: list[list[int]]) -> int:
     return found
 
 
-def timed(work: Callable[[], list], device: str) -> tuple[float, list]:
-    """Seconds, and what came out."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    start = clock()
-    result = work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start, result
+@dataclass(frozen=True)
+class Outcome:
+    """A line of the table.
+
+    Attributes:
+        model: its name and size.
+        task: what was scored.
+        items: of the task.
+        sentences: that they have.
+        told: tokens that the naive way forwards.
+        forwarded: tokens that went through the model, padding included.
+        best: of them those that nothing could save.
+        naive: seconds of the naive way, the median.
+        ours: seconds of the library's.
+        difference: the largest of two scores of a sentence, in nats.
+    """
+
+    model: str
+    task: str
+    items: int
+    sentences: int
+    told: int
+    forwarded: int
+    best: int
+    naive: float
+    ours: float
+    difference: float
+
+    @property
+    def share(self) -> float:
+        """Tokens forwarded, of those that the naive way forwards."""
+        return self.forwarded / self.told
+
+    @property
+    def faster(self) -> float:
+        """How many times."""
+        return self.naive / self.ours
+
+    def __str__(self) -> str:
+        cells = [self.model, self.task, self.items, self.sentences, self.told, self.forwarded, f"{self.share:.2f}"]
+        cells += [f"{self.best / self.told:.2f}", f"{self.naive:.1f}", f"{self.ours:.1f}", f"{self.faster:.1f}"]
+        return f"| {' | '.join(map(str, [*cells, f'{self.difference:.0e}']))} |"
 
 
-def measure(model: torch.nn.Module, tokenizer, task, arguments: argparse.Namespace) -> str:
-    """One line of the table."""
+def measure(model: torch.nn.Module, tokenizer, task, names: tuple[str, str], arguments: argparse.Namespace) -> Outcome:
+    """Both ways on one task; `names` are the model's and the task's."""
     rows = list(task.rows)
     ids = [ids_of(tokenizer, row)[0] for row in rows]
-    seconds: dict[str, list[float]] = {"naive": [], "ours": []}
+    taken: dict[str, list[float]] = {"naive": [], "ours": []}
     for _ in range(arguments.rounds):
         scorer = Scorer(model, tokenizer, arguments.batch_size)
-        took, scores = timed(lambda scorer=scorer: scorer.score(rows, append_eos=False), arguments.device)
-        seconds["ours"].append(took)
-        took, expected = timed(lambda: naive(model, tokenizer, rows), arguments.device)
-        seconds["naive"].append(took)
-    largest = max(abs(score.logp - logp) for score, logp in zip(scores, expected, strict=True))
-    told = sum(map(len, ids))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    cells = [len(task._items if hasattr(task, "_items") else task._pairs), len(rows), told, scorer.num_tokens]
-    cells += [f"{scorer.num_tokens / told:.2f}", f"{best_possible(ids) / told:.2f}"]
-    cells += [f"{medians['naive']:.1f}", f"{medians['ours']:.1f}", f"{medians['naive'] / medians['ours']:.1f}"]
-    return " | ".join(map(str, [*cells, f"{largest:.0e}"]))
+        took, scores = seconds(lambda scorer=scorer: scorer.score(rows, append_eos=False), arguments.device)
+        taken["ours"].append(took)
+        took, expected = seconds(lambda: naive(model, tokenizer, rows), arguments.device)
+        taken["naive"].append(took)
+    return Outcome(
+        *names,
+        items=len(task._items if hasattr(task, "_items") else task._pairs),
+        sentences=len(rows),
+        told=sum(map(len, ids)),
+        forwarded=scorer.num_tokens,
+        best=best_possible(ids),
+        naive=statistics.median(taken["naive"]),
+        ours=statistics.median(taken["ours"]),
+        difference=max(abs(score.logp - logp) for score, logp in zip(scores, expected, strict=True)),
+    )
+
+
+def outcomes(arguments: argparse.Namespace) -> Iterator[Outcome]:
+    """Every model on every task."""
+    for name in arguments.models:
+        if name == "random":
+            model, tokenizer = random_llama(arguments.data / "wikitext2" / "valid.txt.gz")
+        else:
+            model, tokenizer = load_model(name, dtype=arguments.dtype).eval(), load_processor(name)
+        model.to(arguments.device)
+        size = f"{Path(name).name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+        for spec in arguments.tasks:
+            key, _, path = spec.partition("=")
+            task = load_task(f"{key}={arguments.data / (path or key)}", limit=arguments.limit)
+            yield measure(model, tokenizer, task, (size, path or key), arguments)
+
+
+def header() -> str:
+    """The first lines of the table."""
+    return f"| {COLUMNS} |\n{'|---' * len(COLUMNS.split('|'))}|"
 
 
 def main() -> int:
@@ -131,18 +190,9 @@ def main() -> int:
     parser.add_argument("--dtype", help="precision of the weights, by default the checkpoint's")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"| {COLUMNS} |\n{'|---' * len(COLUMNS.split('|'))}|", flush=True)
-    for name in arguments.models:
-        if name == "random":
-            model, tokenizer = random_llama(arguments.data / "wikitext2" / "valid.txt.gz")
-        else:
-            model, tokenizer = load_model(name, dtype=arguments.dtype).eval(), load_processor(name)
-        model.to(arguments.device)
-        size = f"{Path(name).name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
-        for spec in arguments.tasks:
-            key, _, path = spec.partition("=")
-            task = load_task(f"{key}={arguments.data / (path or key)}", limit=arguments.limit)
-            print(f"| {size} | {path or key} | {measure(model, tokenizer, task, arguments)} |", flush=True)
+    print(header(), flush=True)
+    for outcome in outcomes(arguments):
+        print(outcome, flush=True)
     return 0
 
 

@@ -14,16 +14,16 @@ largest gradient, and what a forward pass of one micro-batch keeps.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import biasunlearn_trainer  # noqa: F401  before transformers: mends torchvision beside a torch for the CPU
 
 import torch  # isort: skip
 from peft import LoraConfig, get_peft_model
+from rounds import Ratio, interleaved, ratio
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
@@ -34,6 +34,7 @@ from biasunlearn_trainer.saliency.fisher import PerSampleFisher, add_squared_gra
 
 BATCH_SIZE, NUM_COMPLETION = 4, 16
 BOUND = 1.3
+WAYS = ("per batch", "per sample", "one by one")
 NUM_IMAGE_TOKENS, IMAGE_SIZE, IMAGE_TOKEN = 576, 336, 3
 Row = Mapping[str, Tensor]
 
@@ -129,21 +130,8 @@ def ways(model: nn.Module, rows: Sequence[Row], sums: Mapping[str, Tensor]) -> d
         for row in rows:
             add_squared_gradients(model, collate([row]), sums)
 
-    return {
-        "per batch": lambda: add_squared_gradients(model, collate(rows), sums),
-        "per sample": lambda: per_sample.add(rows),
-        "one by one": one_by_one,
-    }
-
-
-def seconds(way: Callable[[], None], device: str) -> float:
-    """CPU time of the process, or time until the GPU is done."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    start = clock()
-    way()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - start
+    found = (lambda: add_squared_gradients(model, collate(rows), sums), lambda: per_sample.add(rows), one_by_one)
+    return dict(zip(WAYS, found, strict=True))
 
 
 def peak(way: Callable[[], None], model: nn.Module, sums: Mapping[str, Tensor]) -> float:
@@ -167,28 +155,53 @@ def needed(model: nn.Module, rows: Sequence[Row], sums: Mapping[str, Tensor]) ->
     return peak(forward, model, sums) + max(value.nbytes for value in weights if value.requires_grad)
 
 
-def measure(case: str, arguments: argparse.Namespace) -> tuple[str, float]:
-    """A line of the table, and the ratio per sample / per batch."""
+@dataclass(frozen=True)
+class Outcome:
+    """A line of the table.
+
+    Attributes:
+        case: its name.
+        milliseconds: of the per-batch Fisher on four rows.
+        time: against it, by the way.
+        memory: peak over what is needed, by the way.
+    """
+
+    case: str
+    milliseconds: float
+    time: dict[str, Ratio]
+    memory: dict[str, float]
+
+    def __str__(self) -> str:
+        cells = [self.case, f"{self.milliseconds:.0f} ms", *(str(self.time[way]) for way in WAYS[1:])]
+        return f"| {' | '.join([*cells, *(f'{self.memory[way]:.2f}' for way in WAYS[:2])])} |"
+
+
+def measure(case: str, arguments: argparse.Namespace) -> Outcome:
+    """All ways on one model and its rows."""
     make, length = CASES[case]
     torch.manual_seed(0)
     model = make().to(arguments.device, getattr(torch, arguments.dtype)).eval()
     rows, sums = make_rows(length, make in (llava, llava_lora)), empty_sums(model)
     alternatives = ways(model, rows, sums)
     allowed = needed(model, rows, sums)
-    memory = {name: peak(way, model, sums) / allowed for name, way in alternatives.items()}
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
-    for number in range(arguments.rounds + 1):
-        names = [*alternatives]
-        for name in names[number % 3 :] + names[: number % 3]:
-            taken = seconds(alternatives[name], arguments.device)
-            if number:  # the first round warms up
-                times[name].append(taken)
-    ratios = {name: [t / base for t, base in zip(times[name], times["per batch"], strict=True)] for name in times}
-    quartiles = {name: statistics.quantiles(values, n=4) for name, values in ratios.items()}
-    cells = [case, f"{statistics.median(times['per batch']) * 1000:.0f} ms"]
-    cells += [f"{q[1]:.2f} ({q[0]:.2f}-{q[2]:.2f})" for name, q in quartiles.items() if name != "per batch"]
-    cells += [f"{memory[name]:.2f}" for name in ("per batch", "per sample")]
-    return f"| {' | '.join(cells)} |", quartiles["per sample"][1]
+    times = interleaved(alternatives, arguments.rounds, arguments.device)
+    return Outcome(
+        case,
+        1000 * statistics.median(times[WAYS[0]]),
+        {way: ratio(times[way], times[WAYS[0]]) for way in WAYS[1:]},
+        {way: peak(alternatives[way], model, sums) / allowed for way in WAYS[:2]},
+    )
+
+
+def outcomes(arguments: argparse.Namespace) -> Iterator[Outcome]:
+    """Every case."""
+    for case in arguments.cases:
+        yield measure(case, arguments)
+
+
+def header() -> str:
+    """The first lines of the table."""
+    return f"| case | per batch, 4 rows | per sample | one by one | peak, per batch | peak, per sample |\n{'|---' * 6}|"
 
 
 def main() -> int:
@@ -200,14 +213,12 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| case | per batch, 4 rows | per sample | one by one | peak, per batch | peak, per sample |")
-    print("|---" * 6 + "|")
-    worst = -math.inf
-    for case in arguments.cases:
-        line, ratio = measure(case, arguments)
-        worst = max(worst, ratio)
-        print(line, flush=True)
-    return int(worst > BOUND)
+    print(header())
+    found = []
+    for outcome in outcomes(arguments):
+        found.append(outcome)
+        print(outcome, flush=True)
+    return int(any(outcome.time[WAYS[1]].median > BOUND for outcome in found))
 
 
 if __name__ == "__main__":

@@ -1,138 +1,144 @@
-"""What a training step costs beside supervised fine-tuning on the same tokens; processor time, interleaved, one thread.
-
-    python benchmarks/training.py --rounds 9
-
-A step is forward and backward passes without the optimizer. The floor of fine-tuning runs the head on completion tokens
-only. 19.5 M-parameter Llama of 32,000 words, 4 + 4 rows of 256 tokens, 16 of them completion.
-"""
+"""Time and peak memory of a step of every method on a workload, beside fine-tuning, TRL and the naive way."""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
-import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import biasunlearn_trainer  # noqa: F401  first: it mends torchvision beside a torch for the CPU
-
-# isort: split
 import torch
-from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from flops import lora_step, utilisation
+from peaks import MIB, Peak, peak
+from rounds import Ratio, interleaved, ratio
+from steps import RANK, Bench, Step
+from workloads import Workload, forms_of
 
-from biasunlearn_trainer.completions import forward_completions
-from biasunlearn_trainer.trainers.registry import get_method
+from biasunlearn_trainer.saliency.distribution import markdown_table
 
-ROWS, TOKENS, COMPLETION, WORDS = 4, 256, 16, 32_000
-OFF = {"dynamic_swapping": False, "early_stop": False, "keep_best": False}
-# Name -> method, whether with LoRA, settings, streams of the floor that it is compared with.
-CASES = {
-    "KL_Min, second model": ("kl_min", False, {"reference": "model"}, 2),
-    "KL_Min, hidden states": ("kl_min", False, {"reference": "precomputed"}, 2),
-    "KL_Min, hidden states, plain losses": (
-        "kl_min",
-        False,
-        {"reference": "precomputed", "fused_losses": False},
-        2,
-    ),
-    "NPO + KL, second model": ("npo", False, {"reference": "model", "retain_loss": "kl"}, 2),
-    "NPO + KL, hidden states": ("npo", False, {"reference": "precomputed", "retain_loss": "kl"}, 2),
-    "BiasUnlearn, second model": ("biasunlearn", False, {"reference": "model", **OFF}, 3),
-    "BiasUnlearn, hidden states": ("biasunlearn", False, {"reference": "precomputed", **OFF}, 3),
-    "KL_Min LoRA, adapter off": ("kl_min", True, {"reference": "adapter"}, 2),
-    "KL_Min LoRA, hidden states": ("kl_min", True, {"reference": "precomputed"}, 2),
-}
+RIVALS = ("floor", "plain", "naive", "trl")
+NAMES = {"floor": "floor SFT", "plain": "plain SFT", "naive": "naive way", "trl": "TRL's DPO"}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(500))])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+@dataclass
+class Measured:
+    """What was measured of a form.
+
+    Attributes:
+        tokens: that the policy reads in a step.
+        seconds: median of a step; None where time was not measured.
+        peak: of a step; None where memory was not measured.
+        time: against each rival, of the same round.
+        total: peak memory against each rival.
+        over_weights: the same without the policy's weights.
+        utilisation: share of the card's peak, for LoRA where that is known.
+    """
+
+    tokens: int
+    seconds: float | None = None
+    peak: Peak | None = None
+    time: dict[str, Ratio] = field(default_factory=dict)
+    total: dict[str, float] = field(default_factory=dict)
+    over_weights: dict[str, float] = field(default_factory=dict)
+    utilisation: float | None = None
 
 
-def rows(first: int) -> list[dict[str, str]]:
-    """As many as two batches."""
-    prompt, completion = " w5" * (TOKENS - COMPLETION - 1), " w7" * COMPLETION
-    return [
-        {"prompt": f"w{first + i}{prompt}", "completion": completion, "pair_id": str(i), "bias_type": "race"}
-        for i in range(2 * ROWS)
-    ]
+@dataclass
+class Case:
+    """A step of ours and the keys of those that it is compared with."""
+
+    step: Hashable
+    rivals: dict[str, Hashable]
+    shape: tuple[int, int]
+    lora: bool
 
 
-def trainer_of(method: str, lora: bool, settings: dict[str, Any], folder: str) -> tuple[Any, dict]:
-    """A trainer with its reference ready, and a batch of full rows."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
-    trainer_class, config_class = get_method(method)
-    args = config_class(
-        folder, per_device_train_batch_size=ROWS, max_steps=100, report_to=[], use_cpu=True, append_eos=False,
-        reference_cache_dir=f"{folder}/references", **settings,
-    )  # fmt: skip
-    needed = trainer_class.streams(args)
-    trainer = trainer_class(
-        model=LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, **shape)),
-        args=args,
-        processing_class=tokenizer(),
-        peft_config=LoraConfig(r=8) if lora else None,
-        **{f"{stream}_dataset": rows(20 * i) for i, stream in enumerate(needed)},
-    )
-    trainer.prepare_reference()
-    batch = trainer.data_collator([trainer.train_dataset[draw] for draw in range(ROWS)])
-    assert batch["forget"]["input_ids"].shape == (ROWS, TOKENS)
-    trainer.model.train()
-    return trainer, batch
+def cases(bench: Bench, methods: list[str] | None) -> tuple[dict[Hashable, Step], dict[str, Case]]:
+    """All steps by key, each rival once, and what to compare by the name of the form."""
+    steps: dict[Hashable, Step] = {}
+    found: dict[str, Case] = {}
+    for name, form, lora in forms_of(bench.workload, methods):
+        steps[name], streams, together = bench.ours(form, lora)
+        shape = tuple(together["input_ids"].shape)
+        rivals = {kind: (kind, lora, shape) for kind in ("floor", "plain")}
+        for kind, key in rivals.items():
+            if key not in steps:
+                steps[key] = getattr(bench, kind)(lora, together)
+        label = f"floor SFT, {shape[0]} rows{', LoRA' * lora}"
+        if label not in found:
+            found[label] = Case(rivals["floor"], {"plain": rivals["plain"]}, shape, lora)
+        if form.equation:
+            rivals["naive"] = ("naive", lora, form.equation)
+            if rivals["naive"] not in steps:
+                steps[rivals["naive"]] = bench.naive(form.equation, lora, streams)
+        if form.trl and not bench.workload.shape.image_tokens and lora == form.lora:
+            rivals["trl"] = ("trl", form.trl)
+            if rivals["trl"] not in steps:
+                steps[rivals["trl"]] = bench.trl(form.trl)
+        found[name] = Case(name, rivals, shape, lora)
+    return steps, dict(sorted(found.items(), key=lambda item: not item[0].startswith("floor")))
 
 
-def step_of(*case: Any) -> Callable[[], None]:
-    """A step of a method."""
-    trainer, batch = trainer_of(*case)
-
-    def step() -> None:
-        trainer.compute_loss(trainer.model, batch).backward()
-        trainer.model.zero_grad()
-
-    return step
-
-
-def floor_of(streams: int, lora: bool, folder: str) -> Callable[[], None]:
-    """A step of fine-tuning on the tokens of some streams, one backward pass for all."""
-    trainer, batch = trainer_of("ga_diff", lora, {}, folder)
-    inputs = [list(batch.values())[i % 2] for i in range(streams)]
-
-    def step() -> None:
-        sum(-forward_completions(trainer.model, part).logps.mean() for part in inputs).backward()
-        trainer.model.zero_grad()
-
-    return step
+def measure(workload: Workload, folder: str, arguments: argparse.Namespace) -> dict[str, Measured]:
+    """Measures the forms of a workload, by name."""
+    bench = Bench(workload, arguments.device, folder)
+    steps, compared = cases(bench, arguments.methods)
+    peaks = {key: peak(step, arguments.device) for key, step in steps.items()} if "memory" in arguments.parts else {}
+    times = interleaved(steps, arguments.rounds, arguments.device) if "training" in arguments.parts else {}
+    found = {name: outcome(case, times, peaks) for name, case in compared.items()}
+    if times and arguments.peak_tflops:
+        for name, case in compared.items():
+            if case.lora:
+                rows, tokens = case.shape
+                needed = lora_step(workload.shape, rows, tokens, workload.completion, RANK)
+                found[name].utilisation = utilisation(needed, found[name].seconds, arguments.peak_tflops)
+    del bench, steps
+    gc.collect()
+    if arguments.device == "cuda":
+        torch.cuda.empty_cache()
+    return found
 
 
-def main() -> None:
-    """Print a table of medians and spreads."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each case; the first is not counted")
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        floors = {(n, lora): floor_of(n, lora, folder) for _, lora, _, n in CASES.values()}
-        cases = {name: step_of(method, lora, more, folder) for name, (method, lora, more, _) in CASES.items()}
-        times = defaultdict(list)
-        for _ in range(rounds):
-            for key, step in (floors | cases).items():
-                start = time.process_time()
-                step()
-                times[key].append(time.process_time() - start)
-    print("| step | s | against the floor of fine-tuning, median (range) |\n|---|---|---|")
-    for name, (_, lora, _, streams) in CASES.items():
-        ratios = [ours / theirs for ours, theirs in zip(times[name][1:], times[streams, lora][1:], strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {statistics.median(times[name][1:]):.2f} | {spread} |")
+def outcome(case: Case, times: Mapping[Hashable, list[float]], peaks: Mapping[Hashable, Peak]) -> Measured:
+    """A form beside its rivals."""
+    made, rivals = Measured(case.shape[0] * case.shape[1]), case.rivals
+    if times:
+        made.seconds = statistics.median(times[case.step])
+        made.time = {kind: ratio(times[case.step], times[key]) for kind, key in rivals.items()}
+    if peaks:
+        made.peak = own = peaks[case.step]
+        made.total = {kind: own.total / peaks[key].total for kind, key in rivals.items()}
+        made.over_weights = {kind: own.over_weights / peaks[key].over_weights for kind, key in rivals.items()}
+    return made
 
 
-if __name__ == "__main__":
-    main()
+def time_table(found: Mapping[str, Measured]) -> str:
+    """Seconds and ratios, medians and quartiles."""
+    used = any(one.utilisation is not None for one in found.values())
+    header = ["step", "ms", "tokens/s", *(["model FLOPs"] if used else []), *(f"/ {NAMES[kind]}" for kind in RIVALS)]
+    rows = []
+    for name, one in found.items():
+        cells = [name, f"{1000 * one.seconds:,.0f}", f"{one.tokens / one.seconds:,.0f}"]
+        cells += [_or_dash(one.utilisation, "{:.0%}")] if used else []
+        rows.append(cells + [str(one.time.get(kind, "-")) for kind in RIVALS])
+    return markdown_table(header, rows)
+
+
+def memory_table(found: Mapping[str, Measured]) -> str:
+    """Peaks, and their ratios with and without the weights."""
+    header = ["step", "peak MiB", "over weights", *(f"/ {NAMES[kind]}" for kind in RIVALS)]
+    rows = []
+    for name, one in found.items():
+        cells = [name, f"{one.peak.total / MIB:,.0f}", f"{one.peak.over_weights / MIB:,.0f}"]
+        rows.append(cells + [_both(one, kind) for kind in RIVALS])
+    return markdown_table(header, rows)
+
+
+def _both(one: Measured, kind: str) -> str:
+    return f"{one.total[kind]:.2f}, {one.over_weights[kind]:.2f}" if kind in one.total else "-"
+
+
+def _or_dash(value: Any, form: str) -> str:
+    return "-" if value is None else form.format(value)

@@ -113,6 +113,12 @@ def trace_step(
     )
 
 
+def held_tensors(trainer: Any) -> list[Tensor]:
+    """What a trainer holds beside its model: weights and tables of references, and a saliency mask."""
+    mask, kept = _mask_tensors(trainer)
+    return [*_reference_models(trainer), *_tables(trainer), *mask, *kept]
+
+
 def _building(shadow: Shadow, trainer: Any, rows: Mapping[str, Tensor]) -> int:
     """The most bytes while a mask is made: weights, sums of squared gradients, and the passes over a few rows."""
     model, once = trainer.model, 1 if not trainer.args.saliency_one_pass else 2
