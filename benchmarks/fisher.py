@@ -187,7 +187,7 @@ def measure(case: str, arguments: argparse.Namespace) -> Outcome:
     times = interleaved(alternatives, arguments.rounds, arguments.device)
     return Outcome(
         case,
-        1000 * statistics.median(times[WAYS[0]]),
+        1000 * statistics.median(times[WAYS[0]].values()),
         {way: ratio(times[way], times[WAYS[0]]) for way in WAYS[1:]},
         {way: peak(alternatives[way], model, sums) / allowed for way in WAYS[:2]},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,20 +33,35 @@ def seconds(work: Callable[[], Any], device: str) -> tuple[float, Any]:
     return clock() - start, result
 
 
-def interleaved(cases: Mapping[Hashable, Callable[[], Any]], rounds: int, device: str) -> dict[Hashable, list[float]]:
-    """Seconds of each case in each round; a first round warms up. Each round begins with another case."""
-    names, times = [*cases], {name: [] for name in cases}
+def interleaved(
+    cases: Mapping[Hashable, Callable[[], Any]], rounds: int, device: str, seldom: Collection[Hashable] = ()
+) -> dict[Hashable, dict[int, float]]:
+    """Seconds of each case by round.
+
+    A first round warms up. Each begins with another case, and every second one goes backwards, so that of two cases
+    that stand beside each other either is first as often.
+
+    Args:
+        cases: what to time.
+        rounds: how many count.
+        device: `cpu` or `cuda`.
+        seldom: cases that take part in every third round only.
+    """
+    names, times = [*cases], {name: {} for name in cases}
     for number in range(rounds + 1):
         start = number % len(names)
-        for name in names[start:] + names[:start]:
+        order = names[start:] + names[:start]
+        for name in reversed(order) if number % 2 else order:
+            if name in seldom and number % 3 != 1 and number:
+                continue
             taken, _ = seconds(cases[name], device)
             if number:
-                times[name].append(taken)
+                times[name][number] = taken
     return times
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Ratio:
     """Of two cases' seconds, round by round."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    ratios = [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
     low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Ratio(median, low, high)

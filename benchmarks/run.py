@@ -10,10 +10,10 @@ python benchmarks/run.py --shapes 7b --size tiny                        # the sa
 A step is forward and backward passes of a trainer on a collated batch, without the optimizer. It is compared with
 fine-tuning on the same tokens, all rows in one batch: plain (`transformers.Trainer`, logits of all positions) and floor
 (the head on completion positions alone); with TRL's `DPOTrainer` where a step of it is comparable; and with the naive
-way of naive.py. All take turns; ratios are medians over rounds of the ratio within a round, with quartiles. Time is the
-process's own on one thread of a CPU, on a GPU wall time with its queue emptied. Memory is the peak of bytes of tensors;
-`over weights` leaves out those of the policy, and counts a second model's. The exit status is 1 where a bound that was
-measured is not met.
+way of naive.py. All take turns, the floor right beside each form, the others in every third round; ratios are medians
+over rounds of the ratio within a round, with quartiles. Time is the process's own on one thread of a CPU, on a GPU wall
+time with its queue emptied. Memory is the peak of bytes of tensors; `over weights` leaves out the policy's, and counts
+a second model's. The exit status is 1 where a bound that was measured is not met.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shapes", nargs="+", choices=WORKLOADS, help="text, llava and 50m; on a GPU 7b")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *FORMS], metavar="METHOD", help="or their forms")
-    parser.add_argument("--rounds", type=int, default=9, help="counted steps of each case")
+    parser.add_argument("--rounds", type=int, default=9, help="counted steps; a third for slow rivals")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", choices=SHAPES, default="7b", help="of the model of shape 7b")
     parser.add_argument("--batch", type=int, help="rows of each stream, where it is not the shape's own")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import sys
 import time
 from pathlib import Path
 
@@ -26,7 +27,10 @@ BOUNDS = [
 def benchmark():
     spec = importlib.util.spec_from_file_location("evaluation_benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(SCRIPT.parent))  # for the module beside it
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
+    sys.path.remove(str(SCRIPT.parent))
     return module
 
 
