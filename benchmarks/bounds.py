@@ -11,6 +11,7 @@ from biasunlearn_trainer.saliency.distribution import markdown_table
 if TYPE_CHECKING:
     from evaluation import Outcome as EvaluationOutcome
     from fisher import Outcome as FisherOutcome
+    from growth import Outcome as GrowthOutcome
     from training import Measured
 
 Measures = Mapping[str, "Measured"]
@@ -138,3 +139,13 @@ def fisher_bounds(found: Sequence[FisherOutcome]) -> list[Bound]:
         return [Bound(work, 1.3, None)]
     slow = max(found, key=lambda one: one.time["per sample"])
     return [Bound(work, 1.3, slow.time["per sample"].median, note=f"({slow.case})")]
+
+
+def growth_bounds(found: Sequence[GrowthOutcome]) -> list[Bound]:
+    """The largest set against the smallest: linear is as long for each row, flat is as much memory; with some noise."""
+    small, large = min(found, key=lambda one: one.rows), max(found, key=lambda one: one.rows)
+    sizes = f"{large.rows:,} vs {small.rows:,} rows"
+    return [
+        Bound(f"{sizes}, time a row", 1.25, large.per_row / small.per_row),
+        Bound(f"{sizes}, peak memory", 1.15, large.peak / small.peak),
+    ]

@@ -1,6 +1,6 @@
 """What training, evaluation and the Fisher cost beside every alternative, and which of the bounds they meet.
 
-python benchmarks/run.py                                                # training, memory and Fisher on a CPU
+python benchmarks/run.py                                                # all but evaluation on a CPU, half an hour
 python benchmarks/run.py --data DATA --models random --limit 400        # evaluation too
 python benchmarks/run.py --shapes tiny --parts training --rounds 3      # a minute
 python benchmarks/run.py --shapes long --methods ga_diff "NPO + retain, precomputed"
@@ -33,11 +33,12 @@ import biasunlearn_trainer  # noqa: F401  before transformers: mends torchvision
 # isort: split
 import evaluation
 import fisher
+import growth
 import peft
 import torch
 import transformers
 import trl
-from bounds import Bound, bounds_table, evaluation_bounds, fisher_bounds, training_bounds
+from bounds import Bound, bounds_table, evaluation_bounds, fisher_bounds, growth_bounds, training_bounds
 from shapes import SHAPES
 from training import measure, memory_table, time_table
 from workloads import FORMS, WORKLOADS
@@ -45,7 +46,7 @@ from workloads import FORMS, WORKLOADS
 from biasunlearn_trainer.trainers.registry import METHODS
 from biasunlearn_trainer.version import __version__
 
-PARTS = ("training", "memory", "evaluation", "fisher")
+PARTS = ("training", "memory", "evaluation", "fisher", "growth")
 H200_BF16 = 989.0
 
 
@@ -119,6 +120,11 @@ def sections(arguments: argparse.Namespace) -> Iterator[str | list[Bound]]:
         measured = list(fisher.outcomes(arguments))
         yield "\n".join(map(str, [fisher.header(), *measured]))
         yield fisher_bounds(measured)
+    if "growth" in arguments.parts:
+        yield "## Larger sets"
+        grown = list(growth.outcomes(growth.ROWS))
+        yield "\n".join(map(str, [growth.header(), *grown]))
+        yield growth_bounds(grown)
 
 
 def main() -> int:
