@@ -75,6 +75,7 @@ COMPARISONS = (
     Comparison("KL_Min, hidden states, vs floor SFT, time", "text", "KL_Min, hidden states", "floor", 1.15),
     Comparison("BiasUnlearn, hidden states, vs floor SFT, time", "text", "BiasUnlearn, hidden states", "floor", 1.15),
     Comparison("MMUnlearner, mask ready, vs floor SFT, time", "text", "MMUnlearner, random mask", "floor", 1.15),
+    Comparison("the same on pictures, what it is for", "llava", "MMUnlearner, random mask", "floor", 1.15),
     Comparison("NPO + retain vs the naive way, time", "text", NPO, "naive", 0.45),
     Comparison("NPO + retain vs the naive way, peak memory over weights", "text", NPO, "naive", 0.50, "over_weights"),
     Comparison("NPO + KL vs the naive way, time", "text", NPO_KL, "naive", 0.35),
