@@ -34,6 +34,7 @@ def salient_gradient(gradient: Tensor, salient: Tensor) -> Tensor:
         gradient: of a weight.
         salient: bool, in its shape.
     """
+    salient = salient.view(torch.uint8)  # of which floats are made faster than of bool
     if gradient.device.type != "cpu" or gradient.dim() < 2:
         return gradient * salient
     result = torch.empty_like(gradient)
