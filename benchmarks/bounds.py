@@ -11,7 +11,6 @@ from biasunlearn_trainer.saliency.distribution import markdown_table
 if TYPE_CHECKING:
     from evaluation import Outcome as EvaluationOutcome
     from fisher import Outcome as FisherOutcome
-    from growth import Outcome as GrowthOutcome
     from training import Measured
 
 Measures = Mapping[str, "Measured"]
@@ -26,7 +25,7 @@ class Bound:
         limit: the bound.
         value: what was measured; None where it was not.
         at_least: whether more is better.
-        unit: `x` or `%`.
+        unit: `x`, `%` or `bytes`.
         note: what stands behind the value, such as its quartiles.
     """
 
@@ -46,7 +45,7 @@ class Bound:
 
     def cells(self) -> list[str]:
         """Work, bound, measured, met."""
-        shown = {"x": "{:.2f}x", "%": "{:.0f} %"}[self.unit]
+        shown = {"x": "{:.2f}x", "%": "{:.0f} %", "bytes": "{:,.0f} bytes"}[self.unit]
         value = "not measured" if self.value is None else f"{shown.format(self.value)} {self.note}".strip()
         limit = f"at {'least' if self.at_least else 'most'} {shown.format(self.limit)}"
         return [self.work, limit, value, {True: "yes", False: "**no**", None: "-"}[self.met]]
@@ -142,11 +141,10 @@ def fisher_bounds(found: Sequence[FisherOutcome]) -> list[Bound]:
     return [Bound(work, 1.3, slow.time["per sample"].median, note=f"({slow.case})")]
 
 
-def growth_bounds(found: Sequence[GrowthOutcome]) -> list[Bound]:
-    """The largest set against the smallest: linear is as long for each row, flat is as much memory; with some noise."""
-    small, large = min(found, key=lambda one: one.rows), max(found, key=lambda one: one.rows)
-    sizes = f"{large.rows:,} vs {small.rows:,} rows"
+def growth_bounds(found: Mapping[str, tuple[float, float]]) -> list[Bound]:
+    """Linear is as long for each row, flat is next to nothing for it: of the stages, by name, the worst."""
+    slow, large = max(found, key=lambda name: found[name][0]), max(found, key=lambda name: found[name][1])
     return [
-        Bound(f"{sizes}, time a row", 1.25, large.per_row / small.per_row),
-        Bound(f"{sizes}, peak memory", 1.15, large.peak / small.peak),
+        Bound("100,000 vs 10,000 rows, time a row", 1.25, found[slow][0], note=f"({slow})"),
+        Bound("memory of a further row", 1024, found[large][1], unit="bytes", note=f"({large})"),
     ]

@@ -1,6 +1,6 @@
 """What training, evaluation and the Fisher cost beside every alternative, and which of the bounds they meet.
 
-python benchmarks/run.py                                                # all but evaluation on a CPU, half an hour
+python benchmarks/run.py                                                # all but evaluation on a CPU, an hour or more
 python benchmarks/run.py --data DATA --models random --limit 400        # evaluation too
 python benchmarks/run.py --shapes tiny --parts training --rounds 3      # a minute
 python benchmarks/run.py --shapes long --methods ga_diff "NPO + retain, precomputed"
@@ -33,8 +33,8 @@ import biasunlearn_trainer  # noqa: F401  before transformers: mends torchvision
 # isort: split
 import evaluation
 import fisher
-import growth
 import peft
+import scaling
 import torch
 import transformers
 import trl
@@ -43,11 +43,13 @@ from shapes import SHAPES
 from training import measure, memory_table, time_table
 from workloads import FORMS, WORKLOADS
 
+from biasunlearn_trainer.saliency.distribution import markdown_table
 from biasunlearn_trainer.trainers.registry import METHODS
 from biasunlearn_trainer.version import __version__
 
 PARTS = ("training", "memory", "evaluation", "fisher", "growth")
 H200_BF16 = 989.0
+SIZES = (10_000, 100_000)  # below, fixed costs stand out
 
 
 def parse() -> argparse.Namespace:
@@ -121,9 +123,14 @@ def sections(arguments: argparse.Namespace) -> Iterator[str | list[Bound]]:
         yield "\n".join(map(str, [fisher.header(), *measured]))
         yield fisher_bounds(measured)
     if "growth" in arguments.parts:
-        yield "## Larger sets"
-        grown = list(growth.outcomes(growth.ROWS))
-        yield "\n".join(map(str, [growth.header(), *grown]))
+        yield f"## Sets of {' to '.join(f'{size:,}' for size in SIZES)} rows"
+        with tempfile.TemporaryDirectory() as folder:
+            grown = {
+                stage: scaling.growth(SIZES, scaling.medians(stage, Path(folder), SIZES, rounds=1))
+                for stage in scaling.STAGES
+            }
+        lines = [[stage, f"{times:.2f}", f"{size:.0f}"] for stage, (times, size) in grown.items()]
+        yield markdown_table(["stage", "time a row, last to first", "bytes a row"], lines)
         yield growth_bounds(grown)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-LOADED = ("bounds", "flops", "growth", "naive", "peaks", "rounds", "run", "shapes", "steps", "training", "workloads")
+LOADED = ("bounds", "flops", "naive", "peaks", "rounds", "run", "shapes", "steps", "training", "workloads")
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +108,9 @@ def test_a_bound_is_met_missed_or_not_measured(parts):
     assert [(line.value, line.note, line.met) for line in worst] == [(2, "(b)", False)]
 
 
-def test_a_set_is_gone_through_once_and_compared_with_a_smaller_one(parts):
-    growth = parts["growth"]
-    measured = growth.measure(70)  # more than a batch
-    assert measured.rows == 70 and measured.peak >= measured.before > 0 and measured.reference > 0
-    small, large = growth.Outcome(1, 0.5, 0.5, 10, 20), growth.Outcome(2, 1.0, 2.0, 10, 40)
-    lines = parts["bounds"].growth_bounds([small, large])
-    assert [(line.value, line.met) for line in lines] == [(1.5, False), (2, False)]
+def test_growth_is_that_of_the_worst_stage(parts):
+    lines = parts["bounds"].growth_bounds({"a": (1.2, 2000.0), "b": (1.3, 10.0)})
+    assert [(line.value, line.note, line.met) for line in lines] == [(1.3, "(b)", False), (2000, "(a)", False)]
 
 
 def test_a_whole_run(parts, monkeypatch, capsys, tmp_path):
