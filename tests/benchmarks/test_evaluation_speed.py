@@ -14,12 +14,12 @@ from biasunlearn_trainer.eval.tasks import load_task
 from biasunlearn_trainer.models import load_model, load_processor
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "evaluation.py"
-# Set, largest share of the naive tokens, smallest ratio of processor times; measured is about a third better.
-# CrowS-Pairs cannot be at 0.6: its sentences have 0.73 as many different beginnings as tokens.
+# Set, largest share of the naive tokens, smallest ratio of processor times. Measured, of this very small model: 0.70 and
+# 4.2, 0.92 and 2.9, 0.22 and 3.8; docs/speed.md has a larger one, for which wider rows pay.
 BOUNDS = [
-    ("stereoset", "stereoset", 0.65, 2.0),
-    ("crows_pairs", "crows_pairs", 0.85, 2.0),
-    ("bbq", "bbq/data/Sexual_orientation.jsonl.gz", 0.4, 2.0),
+    ("stereoset", "stereoset", 0.75, 2.5),
+    ("crows_pairs", "crows_pairs", 0.97, 1.8),
+    ("bbq", "bbq/data/Sexual_orientation.jsonl.gz", 0.25, 2.5),
 ]
 
 
