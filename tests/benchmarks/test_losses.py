@@ -7,10 +7,10 @@ from pathlib import Path
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "losses.py"
 
 
-def test_own_gradients_take_the_least_memory():
+def test_own_gradients_take_half_the_memory():
     words = ["--positions", "256", "--words", "2000", "--rounds", "1"]
     done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, check=True)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:]]
     peaks = {(loss, way): float(peak) for loss, way, *_, peak in rows}
     for loss in ("KL", "log-probabilities"):
-        assert peaks[loss, "own gradient, chunks"] <= peaks[loss, "checkpointed chunks"] < peaks[loss, "autograd"]
+        assert 0 < peaks[loss, "own gradient, chunks"] <= 0.6 * peaks[loss, "autograd"]
