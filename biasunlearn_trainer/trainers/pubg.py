@@ -115,11 +115,6 @@ class PUBGTrainer(UnlearnTrainer):
         asked = [own if prompt is None else prompt for prompt, own in zip(prompts, plain, strict=True)]
         return datasets | {"guided": replaced(datasets["guidance"], "prompt", asked)}
 
-    def prepare_reference(self) -> None:
-        """Makes the original model's policy, unless no row has it behind its answer."""
-        if "guided" in self.train_dataset.streams or len(self.references(self.args)) > 1:
-            super().prepare_reference()
-
     def positions(self, stream: str) -> str:
         """The reference answers' own tokens; elsewhere as the settings say."""
         return "completion" if stream == "guided" else super().positions(stream)

@@ -82,6 +82,10 @@ class ReferencePolicy:
         draws = args.max_steps * sets.rows_per_step if args.max_steps > 0 else args.num_train_epochs * len(sets)
         return draws * sets.rows_per_draw[stream] >= len(sets.streams[stream].rows)
 
+    def _needs(self) -> dict[str, str]:
+        """What the method needs of the reference, by stream; without streams that these sets do not make."""
+        return {name: need for name, need in self.references(self.args).items() if name in self.train_dataset.streams}
+
     def _check_reference(self) -> None:
         other = self.has_reference_model
         needs = self.references(self.args)
@@ -99,7 +103,9 @@ class ReferencePolicy:
                 "The model's adapter is trained already; reference='adapter' compares with the base below it."
             )
         without = [
-            name for name, need in needs.items() if need == "logits" and self._wished_mode(name) == "precomputed"
+            name
+            for name, need in self._needs().items()
+            if need == "logits" and self._wished_mode(name) == "precomputed"
         ]
         if without and is_sharded():
             logger.warning(
@@ -118,7 +124,7 @@ class ReferencePolicy:
 
     def prepare_reference(self) -> None:
         """Makes the reference policy of each stream that needs one, from the model as it is now; once."""
-        modes = {stream: self.reference_mode(stream) for stream in self.references(self.args)}
+        modes = {stream: self.reference_mode(stream) for stream in self._needs()}
         if not modes or self.reference:
             return
         kept = {name: ref for name, ref in self._kept_reference().items() if modes.get(name) == "precomputed"}

@@ -14,7 +14,7 @@ from biasunlearn_trainer.eval.tasks import load_task
 from biasunlearn_trainer.models import load_model, load_processor
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "evaluation.py"
-# Set, largest share of the naive tokens, smallest ratio of processor times. Measured, of this very small model: 0.70 and
+# Set, largest share of the naive tokens, smallest ratio of processor times. Measured, of this tiny model: 0.70 and
 # 4.2, 0.92 and 2.9, 0.22 and 3.8; docs/speed.md has a larger one, for which wider rows pay.
 BOUNDS = [
     ("stereoset", "stereoset", 0.75, 2.5),

@@ -153,3 +153,13 @@ def test_settings_and_texts(tmp_path):
     assert PUBGConfig(str(tmp_path)).retain_loss == "none"
     assert answer_text(" Ann. ") == "Ann."
     assert answer_text([{"role": "assistant", "content": [{"type": "text", "text": "Ann."}]}]) == "Ann."
+
+
+@pytest.mark.parametrize("retain_loss", ["nll", "kl"])
+def test_answers_that_nobody_was_asked_need_no_reference(retain_loss, make_trainer, text_rows):
+    """Full fine-tuning, where the reference would be precomputed, and no row with a prompt of its own."""
+    forget = [{**row, "guidance": " Nobody can tell."} for row in text_rows(4, "f")]
+    sets = {"forget_dataset": forget, "retain_dataset": text_rows(4, "r")}
+    trainer = make_trainer("pubg", datasets=sets, retain_loss=retain_loss)
+    trainer.train()
+    assert set(trainer.reference) == ({"retain"} if retain_loss == "kl" else set())
