@@ -9,8 +9,12 @@ import pytest
 
 import biasunlearn_trainer  # noqa: F401  torchvision can be imported from here on, also beside a torch for the CPU
 
+import torch  # isort: skip
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # on tiny models two threads mostly wait for each other
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
