@@ -74,7 +74,7 @@ def _server():
         return json.loads(process.stdout.readline())
 
     yield ask
-    process.stdin.close()
+    process.terminate()  # a data loader's worker that lives on holds the pipe, too: to close it would say nothing
     process.wait(timeout=30)
 
 
