@@ -10,6 +10,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "scaling.py"
 # Row numbers, lengths and bias types in arrays.
 BYTES_PER_ROW = 64
+MOST_TIME = 1.25  # a sort of ten times the rows takes log(100,000) / log(10,000) as long a row
 # What the tokenizer and the allocators come to hold within some 20,000 rows, and no more of later on.
 HELD = 16 * 2**20
 QUICK = ("fingerprint of a set", "draws of an epoch, by length", "draws of an epoch, half with pictures")
@@ -57,4 +58,4 @@ def test_every_stage_is_linear(scaling, tmp_path):
     for stage in scaling.STAGES:
         grown[stage] = scaling.growth(sizes, scaling.medians(stage, tmp_path, sizes, rounds=3))
     most = BYTES_PER_ROW + HELD / (sizes[1] - sizes[0])
-    assert {stage: found for stage, found in grown.items() if found[0] > 1.15 or found[1] > most} == {}
+    assert {stage: found for stage, found in grown.items() if found[0] > MOST_TIME or found[1] > most} == {}
