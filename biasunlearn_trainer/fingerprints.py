@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from biasunlearn_trainer.models import base_model, has_fresh_adapter, tokenizer_of
@@ -29,13 +29,19 @@ def model_hash(model: nn.Module, skip_fresh_adapter: bool = True) -> str:
         skip_fresh_adapter: leave a LoRA adapter out that changes nothing yet: under it a model has the digest of its
             base.
     """
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     fresh = skip_fresh_adapter and has_fresh_adapter(model)
-    for name, tensor in sorted(base_model(model).state_dict(keep_vars=True).items()):
-        if fresh and "lora_" in name:
-            continue
+    weights = sorted(base_model(model).state_dict(keep_vars=True).items())
+    return weights_hash(
+        (name.replace(".base_layer", ""), value) for name, value in weights if not (fresh and "lora_" in name)
+    )
+
+
+def weights_hash(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Digest of named weights in their order, by name, shape, type and content; sharded ones are gathered."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name, tensor in weights:
         with gathered(tensor):
-            digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

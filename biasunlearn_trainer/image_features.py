@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
 
 from biasunlearn_trainer.completions import unwrap
-from biasunlearn_trainer.fingerprints import config_fingerprint
+from biasunlearn_trainer.fingerprints import config_fingerprint, weights_hash
 from biasunlearn_trainer.kept_files import checksum, digest_of, misfit, nearest
 from biasunlearn_trainer.models import evaluating, group_of, module_groups
 
@@ -59,7 +59,8 @@ class ImageFeatures:
                 f"trained, the first: {trained[0]}. Set trainable_groups to [language_model], or leave it out."
             )
         self._folder = folder
-        self._parts = {"encoder weights": _digest(frozen), "model settings": config_fingerprint(model)}
+        weights = weights_hash(sorted(frozen.items()))
+        self._parts = {"encoder weights": weights, "model settings": config_fingerprint(model)}
         self._places: dict[str, list[dict[str, Any]]] = {}  # two runs may have kept one picture
         self._whole: set[str] = set()  # whose checksum was looked at
         self._opened: Path | None = None
@@ -210,11 +211,3 @@ def _as_output(model: nn.Module, features: list[Tensor]) -> Any:
     if hasattr(model, "qformer"):
         return BaseModelOutputWithVisionQformerOutputs(pooler_output=torch.stack(features))
     return BaseModelOutputWithPooling(pooler_output=tuple(features))
-
-
-def _digest(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=12)
-    for name, value in sorted(weights.items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
