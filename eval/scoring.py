@@ -365,7 +365,7 @@ class Scorer:
 
     @staticmethod
     def _scores(output: SharedOutput) -> list[CompletionScore]:
-        predicted = output.logits.argmax(-1)[output.places]
+        predicted = output.first_choices
         logps = [float(part.sum()) for part in output.token_logps.double().cpu().split(output.counts)]
         greedy = [bool(part.all()) for part in (predicted == output.targets).cpu().split(output.counts)]
         choices = [tuple(part.tolist()) for part in predicted.cpu().split(output.counts)]

@@ -9,12 +9,15 @@ from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Gemma2Config,
     GPT2Config,
+    LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     OPTConfig,
     Qwen2Config,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.models import load_model, load_processor
@@ -27,6 +30,9 @@ TEXT = {
     "gpt2": lambda vocab: GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4),
     "mistral": lambda vocab: MistralConfig(vocab_size=vocab, **MISTRAL, sliding_window=16),
     "qwen2": lambda vocab: Qwen2Config(vocab_size=vocab, **MISTRAL),
+    "gemma2": lambda vocab: Gemma2Config(
+        vocab_size=vocab, **MISTRAL, head_dim=8, sliding_window=16, attn_implementation="eager"
+    ),
     "opt": lambda vocab: OPTConfig(vocab_size=vocab, **SMALL, ffn_dim=48, word_embed_proj_dim=32),
 }
 
@@ -176,6 +182,23 @@ def test_a_model_that_scores_otherwise_is_found_out(llama, caplog):
         _, shared, plain = both_ways(model, llama[1], questions())
     assert "differ by" in shared.why_apart[False] and "share no prefixes with Positionless" in caplog.text
     assert shared.num_tokens == plain.num_tokens, "it runs as without"
+
+
+def test_a_model_that_does_not_ask_for_its_attention_is_found_out(llama, monkeypatch):
+    """Its attention would look for the whole row where there are blocks; where there was one block it would fit."""
+    usual = LlamaAttention.forward
+
+    def forward(self, *args, **kwargs):
+        told, self.config = self.config, LlamaConfig(attn_implementation="sdpa")
+        try:
+            return usual(self, *args, **kwargs)
+        finally:
+            self.config = told
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    _, shared, plain = both_ways(*llama, questions())
+    assert "it raises RuntimeError" in shared.why_apart[False] and shared.num_tokens == plain.num_tokens
+    assert llama[0].config._attn_implementation == "sdpa", "what was there before is there again"
 
 
 def test_models_that_take_no_positions_or_no_mask_run_row_by_row(llama):

@@ -29,6 +29,14 @@ def _upcast(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def normaliser(logits: Tensor) -> Tensor:
+    """(N,) logsumexp of (N, V) logits, in at least float32."""
+    found = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+    for rows in chunks(logits):
+        found[rows] = _upcast(logits[rows]).logsumexp(-1)
+    return found
+
+
 class TokenLogProbs(torch.autograd.Function):
     """log pi(y_t) = logit[y_t] - logsumexp(logits); the logits' gradient is one-hot(y_t) - softmax."""
 
@@ -36,21 +44,19 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
         """`logits` (N, V), `targets` (N,); returns (N,) in at least float32."""
         picked = _upcast(logits.gather(-1, targets[:, None]).squeeze(-1))
-        normaliser = torch.empty_like(picked)
-        for rows in chunks(logits):
-            normaliser[rows] = _upcast(logits[rows]).logsumexp(-1)
-        ctx.save_for_backward(logits, targets, normaliser)
-        return picked - normaliser
+        normalisers = normaliser(logits)
+        ctx.save_for_backward(logits, targets, normalisers)
+        return picked - normalisers
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         """Softmax and one-hot cancel for a confident token, so they are taken apart before they are rounded."""
-        logits, targets, normaliser = ctx.saved_tensors
+        logits, targets, normalisers = ctx.saved_tensors
         found = torch.empty_like(logits)
         for rows in chunks(logits):
             weight = grad[rows, None]
-            part = (_upcast(logits[rows]) - normaliser[rows, None]).exp_().mul_(-weight)
+            part = (_upcast(logits[rows]) - normalisers[rows, None]).exp_().mul_(-weight)
             found[rows] = part.scatter_add_(-1, targets[rows, None], weight)
         return found, None
 
