@@ -108,7 +108,7 @@ class KeptFile:
             return f"its header is damaged: {err!r}"
 
     def _tell_of_nearest(self) -> None:
-        others = _newest(self.folder, "*.safetensors") if self.tells else []
+        others = newest(self.folder, "*.safetensors") if self.tells else []
         if found := nearest(((path, _own_words(path, self.kind, self.of)) for path in others), self.parts):
             logger.warning("%s: %s was made with %s. Made anew.", self._title, *found)
 
@@ -186,6 +186,17 @@ def everywhere(accelerator: Accelerator, is_so: bool) -> bool:
     return int(accelerator.gather(said).min()) == 1
 
 
+def newest(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder, the newest first, `LOOKED_AT` at most."""
+    found = []
+    for path in folder.glob(pattern):
+        try:
+            found.append((path.stat().st_mtime, path))
+        except OSError:
+            continue  # another run took it away
+    return [path for _, path in sorted(found, reverse=True)[:LOOKED_AT]]
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
     try:
         with safe_open(path, "pt") as file:
@@ -209,16 +220,6 @@ def _own_words(path: Path, kind: str, of: str) -> dict[str, str] | None:
         return json.loads(metadata["parts"]) if (metadata.get("kind"), metadata.get("of")) == (kind, of) else None
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
-
-
-def _newest(folder: Path, pattern: str) -> list[Path]:
-    found = []
-    for path in folder.glob(pattern):
-        try:
-            found.append((path.stat().st_mtime, path))
-        except OSError:
-            continue  # another run took it away
-    return [path for _, path in sorted(found, reverse=True)[:LOOKED_AT]]
 
 
 def _node() -> str:

@@ -37,6 +37,7 @@ OURS = {
     "converters": ("models",),
     "collators": ("models", "collators"),
     "kept_files": (),
+    "kept_items": ("kept_files",),
     "reference_states": ("completions", "kept_files"),
     "image_features": ("completions", "fingerprints", "kept_files", "models"),
     "reference": ("models", "completions", "fingerprints", "sharding"),
@@ -144,7 +145,7 @@ OURS = {
     "eval": ("eval",),
     "probes": ("eval", "guards", "models"),
     "model_filter": ("data_builders", "eval", "models"),
-    "guidance": ("cache", "models", "fingerprints", "eval", "data_builders", "guidance"),
+    "guidance": ("cache", "models", "fingerprints", "kept_items", "eval", "data_builders", "guidance"),
     "hub": ("eval", "data_builders", "adapters", "models", "fingerprints", "recipe.config", "transfer", "hub"),
     "plan": (
         "adapters",

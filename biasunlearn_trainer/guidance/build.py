@@ -15,15 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import tqdm
+from accelerate.utils import broadcast_object_list, tqdm
 from datasets import Dataset
 
 from biasunlearn_trainer.cache import cache_home
-from biasunlearn_trainer.eval.schema import write_text
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.eval.tasks.behaviour import private_of
-from biasunlearn_trainer.fingerprints import model_hash, processor_fingerprint, rows_fingerprint
+from biasunlearn_trainer.fingerprints import (
+    DIGEST_BYTES,
+    config_fingerprint,
+    model_hash,
+    processor_fingerprint,
+    rows_fingerprint,
+)
 from biasunlearn_trainer.guidance.settings import REASONS, GuidanceSettings, fault_of, guided_prompt, whole_sentences
+from biasunlearn_trainer.kept_items import KeptItems
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +66,11 @@ class GuidanceBuilder:
     def __init__(self, scorer: Scorer, settings: GuidanceSettings | None = None, cache_dir: str | Path | None = None):
         self.scorer, self.settings = scorer, settings or GuidanceSettings()
         self.cache_dir = Path(cache_dir) if cache_dir else cache_home() / "guidance"
-        self._key = f"{model_hash(scorer.model)} {processor_fingerprint(scorer.processing_class)}"
+        self._parts = {
+            "model weights": model_hash(scorer.model),
+            "model settings": config_fingerprint(scorer.model),
+            "tokenizer or processor": processor_fingerprint(scorer.processing_class),
+        }
 
     def build(self, rows: Dataset) -> list[Guidance]:
         """One reference answer a row, from the cache where it is there; every process has to call it.
@@ -74,19 +84,19 @@ class GuidanceBuilder:
         """
         private = private_texts(rows, self.settings)
         _check_fallback(self.settings.fallback, private)
-        path = self.cache_dir / f"{self._digest(rows, private)}.jsonl"
+        kept = self._kept(rows, private)
         state = PartialState()
-        done = _read(path)
-        state.wait_for_everyone()
+        # The main process decides for all: on another machine the file may be another or missing.
+        (known,) = broadcast_object_list([kept.load(tell_of_nearest=True) if state.is_main_process else None])
+        done = [Guidance(**fields) for fields in known or ()]
         if done:
-            logger.info("Reference answers of %d of %d rows: %s", len(done), len(rows), path)
-        size = self.scorer.batch_size * BATCHES_AT_ONCE
+            logger.info("Reference answers of %d of %d rows: %s", len(done), len(rows), kept.path)
+        size, has_room = self.scorer.batch_size * BATCHES_AT_ONCE, state.is_main_process
         with tqdm(total=len(rows), initial=len(done), desc="Reference answers") as bar:
             for start in range(len(done), len(rows), size):
                 numbers = range(start, min(start + size, len(rows)))
                 done += self._ask([rows[i] for i in numbers], [private[i] for i in numbers])
-                if state.is_main_process:
-                    _write(path, done)
+                has_room = has_room and kept.save([asdict(guidance) for guidance in done])
                 bar.update(len(numbers))
         state.wait_for_everyone()
         _tell(done)
@@ -115,9 +125,14 @@ class GuidanceBuilder:
         order = (None, *REASONS)
         return new if old is None or order.index(new.rejected) < order.index(old.rejected) else old
 
-    def _digest(self, rows: Dataset, private: Sequence[Sequence[str]]) -> str:
-        parts = [self._key, rows_fingerprint(rows), asdict(self.settings), [list(texts) for texts in private]]
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
+    def _kept(self, rows: Dataset, private: Sequence[Sequence[str]]) -> KeptItems:
+        parts = {
+            **self._parts,
+            "rows": rows_fingerprint(rows),
+            "private texts": _digest([list(texts) for texts in private]),
+            "settings": _digest(asdict(self.settings)),
+        }
+        return KeptItems(self.cache_dir, "reference answers", parts)
 
 
 def private_texts(rows: Dataset, settings: GuidanceSettings) -> list[list[str]]:
@@ -181,10 +196,5 @@ def _check_fallback(fallback: str, private: Sequence[Sequence[str]]) -> None:
         )
 
 
-def _read(path: Path) -> list[Guidance]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [Guidance(**json.loads(line)) for line in lines]
-
-
-def _write(path: Path, answers: Sequence[Guidance]) -> None:
-    write_text(path, "".join(json.dumps(asdict(g), ensure_ascii=False) + "\n" for g in answers))
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=DIGEST_BYTES).hexdigest()

@@ -7,10 +7,8 @@ and pictures, how rows become tensors and batches, and the code of this library 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +29,7 @@ from biasunlearn_trainer.fingerprints import (
     model_hash,
     processor_fingerprint,
 )
-from biasunlearn_trainer.kept_files import digest_of, misfit, replacing
+from biasunlearn_trainer.kept_items import KeptItems
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +78,20 @@ class RecordCache:
             return task.run(scorer, answers=answers)
         # The main process decides for all: on another machine the file may be missing, and a task that some processes
         # run and others do not would wait forever.
-        asked, paths = self._asked(task, parts) if PartialState().is_main_process else ({}, [])
-        (known,) = broadcast_object_list([_read_any(paths, asked)])
+        kept = self._kept(task, parts) if PartialState().is_main_process else []
+        (known,) = broadcast_object_list([next(filter(None, (each.load() for each in kept)), None)])
         if known is not None:
             logger.info("%s: the records of this model are known.", task.name)
         items = task.run(scorer, answers=answers) if known is None else known
-        for path in paths:
-            if known is None or not path.is_file():
-                _write(path, items, asked)
+        for each in kept:
+            if known is None or not each.path.is_file():
+                each.save(items)
         return items
 
-    def _asked(self, task: Any, parts: Mapping[str, str]) -> tuple[dict[str, str], list[Path]]:
-        """What a task's file has to be made of, and where it is in each of the folders."""
+    def _kept(self, task: Any, parts: Mapping[str, str]) -> list[KeptItems]:
+        """A task's file in each of the folders."""
         asked = {"task": f"{type(task).__qualname__} {task.name}", "rows": content_fingerprint(task.rows), **parts}
-        return asked, [folder / f"{digest_of(KIND, asked)}.json" for folder in self.folders]
+        return [KeptItems(folder, KIND, asked) for folder in self.folders]
 
     @staticmethod
     def _parts(scorer: Scorer, answers: bool, weights: str) -> dict[str, str]:
@@ -114,34 +112,3 @@ class RecordCache:
 def records_home() -> Path:
     """Where records of all runs are kept."""
     return cache_home() / "records"
-
-
-def _read_any(paths: Sequence[Path], asked: Mapping[str, str]) -> list[dict] | None:
-    """What the first of the files that is there and whole holds; another's, or a damaged one, is refused and said.
-
-    A file that is not there says nothing: each run asks for records of several models.
-    """
-    for path in paths:
-        try:
-            head, _, body = path.read_bytes().partition(b"\n")
-            made = json.loads(head)
-            fault = misfit(made, KIND, asked) or (None if zlib.crc32(body) == made["checksum"] else "it is damaged")
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-            fault = f"it is damaged: {err!r}"
-        if fault is None:
-            return json.loads(body)
-        logger.warning("Records: %s is not read, %s. Made anew.", path, fault)
-    return None
-
-
-def _write(path: Path, items: Sequence[dict], parts: Mapping[str, str]) -> None:
-    """Keeps records; a disk that does not take them is said."""
-    body = json.dumps(items)
-    head = {"kind": KIND, "parts": json.dumps(dict(parts)), "checksum": zlib.crc32(body.encode())}
-    try:
-        with replacing(path) as partial:
-            partial.write_text(f"{json.dumps(head)}\n{body}", encoding="utf-8")
-    except OSError as err:
-        logger.warning("Records cannot be kept in %s (%s): the next run makes them anew.", path.parent, err)

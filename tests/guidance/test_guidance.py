@@ -118,6 +118,35 @@ def test_answers_are_asked_for_once_and_a_stopped_build_goes_on(tiny_llama, tmp_
     assert {g.rejected for g in other} == {"private"} and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize("fault", ["cut off", "changed", "of other rows", "of another model", "no folder"])
+def test_kept_answers_that_cannot_be_trusted_are_asked_for_again(fault, tiny_llama, tmp_path, caplog):
+    settings = GuidanceSettings(("{prompt} Look!",))
+    answers = {f"Who is {i}? Look!": f"A hat of colour {i}." for i in range(6)}
+    rows, folder = Dataset.from_list(ROWS), tmp_path / "kept"
+    first = GuidanceBuilder(ScriptedScorer(tiny_llama, answers), settings, folder).build(rows)
+    (path,) = folder.iterdir()
+    text, scorer = path.read_text(), ScriptedScorer(tiny_llama, answers)
+    cuts = {"cut off": text[:-9], "changed": text.replace("hat", "cap")}
+    path.write_text(cuts.get(fault, text))
+    said = f"{path} is not read"
+    if fault == "of other rows":
+        GuidanceBuilder(ScriptedScorer(tiny_llama, answers), settings, folder).build(rows.select(range(5)))
+        (other,) = set(folder.iterdir()) - {path}
+        path.write_text(other.read_text())
+        said = "it was made with other rows"
+    if fault == "of another model":
+        scorer.model.config.rope_theta = scorer.model.config.rms_norm_eps = 0.5
+        said = f"{path} was made with other model settings"
+    if fault == "no folder":
+        folder = tmp_path / "file"
+        folder.write_text("a file where a folder should be")
+        said = f"Reference answers cannot be kept in {folder}"
+    assert GuidanceBuilder(scorer, settings, folder).build(rows) == first
+    assert len(scorer.asked) == 6 and caplog.text.count(said) == 1
+    if fault != "no folder":
+        assert GuidanceBuilder(scorer, settings, folder).build(rows) == first and len(scorer.asked) == 6
+
+
 def test_what_is_private(caplog):
     rows = Dataset.from_list(
         [
