@@ -305,5 +305,7 @@ def _check_pairs(stereotypes: Rows, anti_stereotypes: Rows) -> None:
 def _joined(first: Rows, second: Rows, chosen: Sequence[int] | None = None) -> Rows:
     """The first rows, then the second ones (of them those that are chosen)."""
     if isinstance(first, Dataset) and isinstance(second, Dataset):
-        return concatenate_datasets([first, second if chosen is None else second.select(chosen)])
+        both = concatenate_datasets([first, second])
+        # One choice from both: `datasets` would write the parts' choices together anew, at three times the memory.
+        return both if chosen is None else both.select(np.concatenate([np.arange(len(first)), len(first) + chosen]))
     return [*first, *(second if chosen is None else (second[row] for row in chosen))]
