@@ -1,47 +1,26 @@
-"""Scores and answers of a model: the only file of the evaluation that touches one.
-
-Batches are formed over all rows, and dealt whole to the processes: batch i goes to rank i mod world. Each batch is
-therefore the same for any number of processes, and so are the scores in it. Rows that begin alike, with the same
-picture or the same words, come into one batch, where what they share is computed once (`shared_prefixes`).
-"""
+"""Scores and answers of a model: the only file of the evaluation, with `passes`, that touches one."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import generating_model
-from biasunlearn_trainer.eval.batches import Outline, Row, batches_by_length, batches_by_prefix, outlines
-from biasunlearn_trainer.models import evaluating, image_token_id, tokenizer_of
-from biasunlearn_trainer.shared_prefixes import (
-    SharedOutput,
-    cannot_share,
-    compare_with_plain,
-    forward_plain,
-    forward_shared,
-    longest_shared,
-)
-from biasunlearn_trainer.streams import dealt
-
-logger = logging.getLogger(__name__)
+from biasunlearn_trainer.eval.batches import Row
+from biasunlearn_trainer.eval.passes import Passes
+from biasunlearn_trainer.shared_prefixes import SharedOutput
 
 # Tokens of one forward pass of `score_tokens`: the float32 logits of 150,000 words then take 4.9 GB.
 TOKENS_AT_ONCE = 8192
 # What a tokenizer's `model_max_length` says where its length is not known (1e30) is no length.
 LONGEST_CONTEXT = 10_000_000
-# How many rows are scored both with and without shared prefixes before the others are scored with them.
-COMPARED_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +45,7 @@ class CompletionScore:
         return self.logp / self.num_tokens / math.log(2)
 
 
-class Scorer:
+class Scorer(Passes):
     """Scores completions and generates answers, in evaluation mode and without gradients.
 
     Args:
@@ -74,14 +53,7 @@ class Scorer:
         processing_class: its tokenizer, or its processor where rows carry images.
         batch_size: rows of one forward pass.
         append_eos: score an EOS at the end of plain-text completions, unless a call says otherwise.
-        share_prefixes: compute once what rows of a batch begin with, pictures included. The first rows of a kind (with
-            pictures, without) are scored in both ways; where a model does not give the same, all go one by one.
-
-    Attributes:
-        num_tokens: how many tokens went through the language model in this process, padding included; those of
-            `generate` are not counted.
-        why_apart: of rows with (True) and without (False) pictures, why their prefixes are not shared; None where they
-            are. A kind that was not met yet is not in here.
+        share_prefixes: as for `Passes`, which also tells how many tokens went through the model.
 
     With several processes every process must make the same calls with the same rows; all get all results.
     """
@@ -94,17 +66,8 @@ class Scorer:
         append_eos: bool = True,
         share_prefixes: bool = True,
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.model = extract_model_from_parallel(model)
-        self.processing_class = processing_class
-        self.tokenizer = tokenizer_of(processing_class)
-        self.batch_size = batch_size
+        super().__init__(model, processing_class, batch_size, share_prefixes)
         self.append_eos = append_eos
-        self.share_prefixes = share_prefixes
-        self.num_tokens = 0
-        self.why_apart: dict[bool, str | None] = {}
-        self._image_token_id = image_token_id(processing_class)
 
     @property
     def context_length(self) -> int | None:
@@ -140,8 +103,8 @@ class Scorer:
         """
         append_eos = self.append_eos if append_eos is None else append_eos
         collator = CompletionCollator(self.processing_class, max_length, append_eos)
-        scores = self._over_batches(
-            rows, lambda batch: self._scores(self._forward(collator, batch)), desc, collator=collator
+        scores = self.over_batches(
+            rows, lambda batch: self._scores(self.forward(collator, batch)), desc, collator=collator
         )
         _check_finite(scores, lambda index: rows[index]["completion"])
         return scores
@@ -169,8 +132,8 @@ class Scorer:
             )
         longest = max((_num_ids(row) for row in rows), default=1)
         at_once = max(1, min(self.batch_size, TOKENS_AT_ONCE // longest))
-        scores = self._over_batches(
-            rows, lambda batch: self._scores(self._forward_plain(self._pad_ids(batch))), desc, at_once
+        scores = self.over_batches(
+            rows, lambda batch: self._scores(self.forward_plain(self._pad_ids(batch))), desc, at_once
         )
         _check_finite(scores, lambda index: self.tokenizer.decode(rows[index]["completion_ids"]))
         return scores
@@ -198,8 +161,8 @@ class Scorer:
             {**row, "completion": several[0], "last_ids": ids}
             for row, several, ids in zip(rows, choices, last_ids, strict=True)
         ]
-        logps = self._over_batches(
-            asked, lambda batch: self._last_logps(self._forward(collator, batch), batch), desc, collator=collator
+        logps = self.over_batches(
+            asked, lambda batch: self._last_logps(self.forward(collator, batch), batch), desc, collator=collator
         )
         if broken := [i for i, values in enumerate(logps) if not all(map(math.isfinite, values))]:
             raise _not_finite(len(broken), len(rows), broken[0], choices[broken[0]][0])
@@ -244,8 +207,8 @@ class Scorer:
         collator = CompletionCollator(
             self.processing_class, append_eos=self.append_eos if append_eos is None else append_eos
         )
-        found = self._over_batches(
-            rows, lambda batch: self._top(self._forward(collator, batch), k), desc, collator=collator
+        found = self.over_batches(
+            rows, lambda batch: self._top(self.forward(collator, batch), k), desc, collator=collator
         )
         broken = [i for i, tokens in enumerate(found) if any(math.isnan(p) for _, logps in tokens for p in logps)]
         if broken:
@@ -271,82 +234,7 @@ class Scorer:
             The new text of every row, without special tokens, in the order of the rows.
         """
         collator = CompletionCollator(self.processing_class)
-        return self._over_batches(rows, lambda batch: self._generate_batch(collator, batch, max_new_tokens), desc)
-
-    def _over_batches(
-        self,
-        rows: Sequence[Row],
-        work: Callable[[list[Row]], list],
-        desc: str | None,
-        batch_size: int | None = None,
-        collator: CompletionCollator | None = None,
-    ) -> list:
-        """Deal the batches, and give every process the results of all rows; a collator, where prefixes are shared."""
-        state = PartialState()
-        done: list[tuple[int, Any]] = []
-        bar = tqdm(total=len(rows), desc=desc, leave=False, disable=desc is None or not state.is_main_process)
-        with evaluating(self.model), bar:
-            for batches in self._batches(rows, batch_size or self.batch_size, collator):
-                for batch, counts in dealt(batches, state.process_index, state.num_processes):
-                    outputs = work([rows[index] for index in batch])
-                    done += zip(batch, outputs, strict=True) if counts else ()
-                    bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
-        results = dict(gather_object(done))
-        return [results[index] for index in range(len(rows))]
-
-    def _batches(
-        self, rows: Sequence[Row], batch_size: int, collator: CompletionCollator | None
-    ) -> Iterator[list[list[int]]]:
-        """Row numbers by batch, rows with pictures apart from those without."""
-        all_rows = outlines(rows, with_prefixes=self.share_prefixes and collator is not None)
-        for pictured in (True, False):
-            members = [row for row in all_rows if row.pictured == pictured]
-            if self.share_prefixes and collator is not None and self._can_share(rows, members, collator):
-                yield batches_by_prefix(members, batch_size)
-            else:
-                yield batches_by_length(members, batch_size)
-
-    def _can_share(self, rows: Sequence[Row], members: list[Outline], collator: CompletionCollator) -> bool:
-        """Whether rows of a kind may share what they begin with, tried by all processes on the same rows of the kind.
-
-        Two rows at least are needed to tell.
-        """
-        if len(members) < 2:
-            return False
-        pictured = members[0].pictured
-        if pictured not in self.why_apart:
-            why = cannot_share(self.model)
-            if why is None:
-                few = [batch for batch in batches_by_prefix(members, COMPARED_ROWS) if len(batch) > 1]
-                batch = self._collate(collator, [rows[i] for i in few[-1]])
-                if batch["input_ids"].shape[1] > longest_shared(self.model):
-                    return False
-                why = compare_with_plain(self.model, batch, self._image_token_id)
-            why = next((each for each in gather_object([why]) if each is not None), None)
-            if why is not None:
-                kind = "with" if pictured else "without"
-                logger.info("Rows %s pictures share no prefixes with %s: %s.", kind, type(self.model).__name__, why)
-            self.why_apart[pictured] = why
-        return self.why_apart[pictured] is None
-
-    @staticmethod
-    def _collate(collator: CompletionCollator, rows: Sequence[Row]) -> dict[str, Any]:
-        return {**collator(rows), "num_images": torch.tensor([len(row.get("images") or []) for row in rows])}
-
-    def _forward(self, collator: CompletionCollator, rows: list[Row]) -> SharedOutput:
-        """The completions of a batch, with shared prefixes where rows of its kind may have them."""
-        batch = self._collate(collator, rows)
-        apart = self.why_apart.get(bool(batch["num_images"].any()), "not met")
-        if not self.share_prefixes or apart or batch["input_ids"].shape[1] > longest_shared(self.model):
-            return self._forward_plain(batch)
-        output = forward_shared(self.model, batch, self._image_token_id)
-        self.num_tokens += output.num_tokens
-        return output
-
-    def _forward_plain(self, batch: dict[str, Any]) -> SharedOutput:
-        output = forward_plain(self.model, self._on_device(batch))
-        self.num_tokens += output.num_tokens
-        return output
+        return self.over_batches(rows, lambda batch: self._generate_batch(collator, batch, max_new_tokens), desc)
 
     def _pad_ids(self, rows: list[Row]) -> dict[str, Tensor]:
         """Token ids as a right-padded batch, in the form of `CompletionCollator`'s."""
@@ -373,7 +261,7 @@ class Scorer:
 
     def _generate_batch(self, collator: CompletionCollator, rows: list[Row], max_new_tokens: int) -> list[str]:
         empty = [{**row, "completion": "" if isinstance(row["prompt"], str) else []} for row in rows]
-        batch = self._on_device(collator.prompt_batch(empty))
+        batch = self.on_device(collator.prompt_batch(empty))
         width = batch["input_ids"].shape[1]
         generated = generating_model(self.model, batch).generate(
             **batch,
@@ -390,9 +278,6 @@ class Scorer:
         own = self.model.generation_config.eos_token_id
         ids = {*(own if isinstance(own, list | tuple) else [own]), self.tokenizer.eos_token_id} - {None}
         return sorted(ids) or None
-
-    def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _num_ids(row: Row) -> int:

@@ -120,15 +120,8 @@ OURS = {
     "eval.matched_command": ("eval.matched", "eval.runs", "eval.report.tradeoff"),
     "eval.cross_bias": ("eval.schema", "eval.report.cross_bias"),
     "eval.batches": ("fingerprints",),
-    "eval.scoring": (
-        "models",
-        "collators",
-        "completions",
-        "shared_prefixes",
-        "streams",
-        "eval.batches",
-        "eval.scoring",
-    ),
+    "eval.passes": ("models", "collators", "shared_prefixes", "streams", "eval.batches"),
+    "eval.scoring": ("collators", "completions", "shared_prefixes", "eval.batches", "eval.passes"),
     "eval.tasks": ("models", "collators", "completions", "eval", "data_builders"),
     "eval.report": (
         "eval.schema",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import biasunlearn_trainer.eval.scoring as scoring
+from biasunlearn_trainer.eval import passes
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.models import load_model, load_processor
 
@@ -71,12 +71,12 @@ def test_batches_are_dealt_whole_and_every_rank_takes_every_round(llama, text_ro
     for rank in range(world):
         calls = []
         state = SimpleNamespace(num_processes=world, process_index=rank, is_main_process=rank == 0)
-        monkeypatch.setattr(scoring, "PartialState", lambda state=state: state)
+        monkeypatch.setattr(passes, "PartialState", lambda state=state: state)
         monkeypatch.setattr(
-            scoring, "gather_object", lambda done: gathered.extend(done) or [(i, None) for i in range(11)]
+            passes, "gather_object", lambda done: gathered.extend(done) or [(i, None) for i in range(11)]
         )
         scorer = Scorer(*llama, batch_size=2)
-        scorer._over_batches(
+        scorer.over_batches(
             rows, lambda batch, calls=calls: calls.append(batch) or [row["prompt"] for row in batch], None
         )
         rounds.append(len(calls))
