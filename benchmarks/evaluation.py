@@ -5,7 +5,8 @@ python benchmarks/evaluation.py --data DATA --models random --tasks bbq=bbq/data
 python benchmarks/evaluation.py --data DATA --models MODEL --device cuda --dtype bfloat16
 
 `DATA` holds the folders stereoset, crows_pairs and bbq, and wikitext2 for `random`: an untrained Llama of 23 million
-parameters with a tokenizer of 8,000 words made of WikiText-2. Other models are a folder or a Hub id. The naive way is
+parameters with a tokenizer of 8,000 words made of WikiText-2; `random:768x12` is one of other width and depth, here those
+of GPT-2, 91 million. Other models are a folder or a Hub id. The naive way is
 written here: each sentence tokenised and run by itself, without padding, its prompt again for every answer. Both ways
 score the same items, drawn evenly with --limit, and take turns; the times are medians, on a CPU of processor time on
 one thread, on a GPU of wall time.
@@ -44,7 +45,7 @@ COLUMNS = (
 )
 
 
-def random_llama(corpus: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
+def random_llama(corpus: Path, width: int = 512, depth: int = 6) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
     """An untrained Llama, since speed does not ask for sense, and a byte-level tokenizer with words of usual length."""
     words = Tokenizer(models.BPE())
     words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,8 +55,15 @@ def random_llama(corpus: Path) -> tuple[torch.nn.Module, PreTrainedTokenizerFast
     words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **shape)).eval(), tokenizer
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+        hidden_size=width,
+        intermediate_size=32 * round(width * 8 / 3 / 32),
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64,
+    )
+    return LlamaForCausalLM(config).eval(), tokenizer
 
 
 def ids_of(tokenizer, row: dict) -> tuple[list[int], int]:
@@ -160,12 +168,14 @@ def measure(model: torch.nn.Module, tokenizer, task, names: tuple[str, str], arg
 def outcomes(arguments: argparse.Namespace) -> Iterator[Outcome]:
     """Every model on every task."""
     for name in arguments.models:
-        if name == "random":
-            model, tokenizer = random_llama(arguments.data / "wikitext2" / "valid.txt.gz")
+        kind, _, shape = name.partition(":")
+        if kind == "random":
+            sizes = map(int, shape.split("x")) if shape else ()
+            model, tokenizer = random_llama(arguments.data / "wikitext2" / "valid.txt.gz", *sizes)
         else:
             model, tokenizer = load_model(name, dtype=arguments.dtype).eval(), load_processor(name)
         model.to(arguments.device)
-        size = f"{Path(name).name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+        size = f"{Path(kind).name}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
         for spec in arguments.tasks:
             key, _, path = spec.partition("=")
             task = load_task(f"{key}={arguments.data / (path or key)}", limit=arguments.limit)

@@ -14,12 +14,12 @@ from biasunlearn_trainer.eval.tasks import load_task
 from biasunlearn_trainer.models import load_model, load_processor
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "evaluation.py"
-# Set, largest share of the naive tokens, smallest ratio of processor times. Measured, of this tiny model: 0.70 and
-# 4.2, 0.92 and 2.9, 0.22 and 3.8; docs/speed.md has a larger one, for which wider rows pay.
+# Set, largest share of the naive tokens, smallest ratio of processor times, with room for a machine that has other work.
+# docs/speed.md has what was measured of this tiny model, and of one for which attention weighs less.
 BOUNDS = [
-    ("stereoset", "stereoset", 0.75, 2.5),
-    ("crows_pairs", "crows_pairs", 0.97, 1.8),
-    ("bbq", "bbq/data/Sexual_orientation.jsonl.gz", 0.25, 2.5),
+    ("stereoset", "stereoset", 0.56, 3.0),
+    ("crows_pairs", "crows_pairs", 0.74, 2.5),
+    ("bbq", "bbq/data/Sexual_orientation.jsonl.gz", 0.19, 3.0),
 ]
 
 
