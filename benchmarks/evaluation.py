@@ -5,11 +5,10 @@ python benchmarks/evaluation.py --data DATA --models random --tasks bbq=bbq/data
 python benchmarks/evaluation.py --data DATA --models MODEL --device cuda --dtype bfloat16
 
 `DATA` holds the folders stereoset, crows_pairs and bbq, and wikitext2 for `random`: an untrained Llama of 23 million
-parameters with a tokenizer of 8,000 words made of WikiText-2; `random:768x12` is one of other width and depth, here those
-of GPT-2, 91 million. Other models are a folder or a Hub id. The naive way is
-written here: each sentence tokenised and run by itself, without padding, its prompt again for every answer. Both ways
-score the same items, drawn evenly with --limit, and take turns; the times are medians, on a CPU of processor time on
-one thread, on a GPU of wall time.
+parameters with a tokenizer of 8,000 words made of WikiText-2; `random:768x12` has another width and depth, these being
+GPT-2's, 91 million. Other models are a folder or a Hub id. The naive way is written here: each sentence tokenised and
+run by itself, without padding, its prompt again for every answer. Both ways score the same items, drawn evenly with
+--limit, and take turns; the times are medians, on a CPU of processor time on one thread, on a GPU of wall time.
 
 `best possible` counts the different beginnings of sentences from which a token has to be predicted: a model that reads
 from left to right must compute each of them once, whatever is shared.

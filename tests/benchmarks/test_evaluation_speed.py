@@ -14,8 +14,8 @@ from biasunlearn_trainer.eval.tasks import load_task
 from biasunlearn_trainer.models import load_model, load_processor
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "evaluation.py"
-# Set, largest share of the naive tokens, smallest ratio of processor times, with room for a machine that has other work.
-# docs/speed.md has what was measured of this tiny model, and of one for which attention weighs less.
+# Set, largest share of the naive tokens, smallest ratio of processor times; these leave room for a machine that has
+# other work. docs/speed.md has what was measured of this tiny model, and of others for which attention weighs less.
 BOUNDS = [
     ("stereoset", "stereoset", 0.56, 3.0),
     ("crows_pairs", "crows_pairs", 0.74, 2.5),
