@@ -42,8 +42,8 @@ def test_a_run_asks_the_original_model_and_keeps_its_answers(arguments, tmp_path
     assert {"leak", "degeneration", "refusal"} <= set(results["after"].tasks["behaviour@train"].metrics)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert any("kl/guidance" in entry for entry in state["log_history"])
-    (kept,) = (tmp_path / "cache" / "guidance").glob("*.jsonl")
-    assert len(kept.read_text().splitlines()) == 4
+    (kept,) = (tmp_path / "cache" / "guidance").glob("*.json")
+    assert len(json.loads(kept.read_text().splitlines()[1])) == 4
     written = kept.stat().st_mtime_ns
     run(parse_recipe([*words, "--overwrite_output_dir"]))
     assert kept.stat().st_mtime_ns == written, "the answers were asked for again"
