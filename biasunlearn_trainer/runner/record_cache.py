@@ -79,7 +79,8 @@ class RecordCache:
         # The main process decides for all: on another machine the file may be missing, and a task that some processes
         # run and others do not would wait forever.
         kept = self._kept(task, parts) if PartialState().is_main_process else []
-        (known,) = broadcast_object_list([next(filter(None, (each.load() for each in kept)), None)])
+        found = (each.load() for each in kept)
+        (known,) = broadcast_object_list([next((items for items in found if items is not None), None)])
         if known is not None:
             logger.info("%s: the records of this model are known.", task.name)
         items = task.run(scorer, answers=answers) if known is None else known

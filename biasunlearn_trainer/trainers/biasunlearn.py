@@ -306,6 +306,6 @@ def _joined(first: Rows, second: Rows, chosen: Sequence[int] | None = None) -> R
     """The first rows, then the second ones (of them those that are chosen)."""
     if isinstance(first, Dataset) and isinstance(second, Dataset):
         both = concatenate_datasets([first, second])
-        # One choice from both: `datasets` would write the parts' choices together anew, at three times the memory.
+        # One choice from both: joined after the choice, `datasets` would write an index of all rows once more.
         return both if chosen is None else both.select(np.concatenate([np.arange(len(first)), len(first) + chosen]))
     return [*first, *(second if chosen is None else (second[row] for row in chosen))]
