@@ -181,7 +181,7 @@ def _tables(trainer: Any) -> list[Tensor]:
 
 def _mask_tensors(trainer: Any) -> tuple[list[Tensor], list[Tensor]]:
     mask = trainer._gradient_mask
-    return ([], []) if mask is None else ([*mask._salient.values()], [*getattr(mask, "_kept", {}).values()])
+    return ([], []) if mask is None else ([*mask.salient.values()], [*getattr(mask, "_kept", {}).values()])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

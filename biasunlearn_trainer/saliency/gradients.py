@@ -45,16 +45,18 @@ def salient_gradient(gradient: Tensor, salient: Tensor) -> Tensor:
     return result
 
 
-class _SalientGradient(torch.autograd.Function):
+class SalientGradient(torch.autograd.Function):
     """A weight as it is; its gradient where the mask lets it through."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, salient: Tensor) -> Tensor:
+        """`salient`: bool, in the weight's shape."""
         ctx.salient = salient
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient, 0 off the mask."""
         return salient_gradient(gradient, ctx.salient), None
 
 
@@ -66,21 +68,24 @@ class GradientMask:
         mask: covers every trainable weight.
         scope: `forget`: mask the gradient of what runs inside `covering()` (MMUnlearner eq. 3: -m * L_f + L_r);
             `update`: mask every gradient, and keep the other weights bit-identical through optimizer steps.
+
+    Attributes:
+        salient: bool by the name of a trainable weight, on its device.
     """
 
     def __init__(self, model: nn.Module, mask: SaliencyMask, scope: str):
         self.model, self.scope = model, scope
         parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self._parameters = parameters
-        self._salient = {name: mask.get(name).to(value.device) for name, value in parameters.items()}
+        self.salient = {name: mask.get(name).to(value.device) for name, value in parameters.items()}
         self._covers = False
         if scope == "forget":
             self._plain_forward = model.forward
             model.forward = self._masked_forward()
         else:
             for name, value in parameters.items():
-                value.register_hook(self._hide(self._salient[name]))
-            self._kept = {name: value.detach()[~self._salient[name]] for name, value in parameters.items()}
+                value.register_hook(self._hide(self.salient[name]))
+            self._kept = {name: value.detach()[~self.salient[name]] for name, value in parameters.items()}
 
     @staticmethod
     def _hide(salient: Tensor) -> Any:
@@ -108,7 +113,7 @@ class GradientMask:
             self._covers = False
             try:
                 weights = {
-                    name: _SalientGradient.apply(value, self._salient[name]) for name, value in self._parameters.items()
+                    name: SalientGradient.apply(value, self.salient[name]) for name, value in self._parameters.items()
                 }
                 return functional_call(self.model, weights, args, kwargs)
             finally:
@@ -121,7 +126,7 @@ class GradientMask:
         if self.scope == "update":
             with torch.no_grad():
                 for name, value in self._parameters.items():
-                    value.masked_scatter_(~self._salient[name], self._kept[name])
+                    value.masked_scatter_(~self.salient[name], self._kept[name])
 
 
 class RestoreProtected(TrainerCallback):

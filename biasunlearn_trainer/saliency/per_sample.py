@@ -35,6 +35,14 @@ Sink = Callable[[str, Tensor, slice], None]
 """Takes a weight's name, the gradient of one row of the batch, and of which part of the weight's first dimension."""
 
 
+def pieces(weight: Tensor) -> Iterator[slice]:
+    """A weight's first dimension, as much at a time as is made of its gradient at once."""
+    at_once = ELEMENTS_AT_ONCE.get(weight.device.type, ELSEWHERE_AT_ONCE)
+    step = max(1, at_once * len(weight) // weight.numel())
+    for start in range(0, len(weight), step):
+        yield slice(start, min(start + step, len(weight)))
+
+
 @dataclass
 class _Use:
     """One use of a weight in a batch.
@@ -225,10 +233,7 @@ class _Watch:
     def _hand_on(self, name: str) -> None:
         uses = self.waiting.pop(name)
         weight = uses[0].module._parameters[uses[0].key]
-        at_once = ELEMENTS_AT_ONCE.get(weight.device.type, ELSEWHERE_AT_ONCE)
-        step = max(1, at_once * len(weight) // weight.numel()) if all(use.in_parts for use in uses) else len(weight)
-        for start in range(0, len(weight), step):
-            part = slice(start, min(start + step, len(weight)))
+        for part in pieces(weight) if all(use.in_parts for use in uses) else (slice(0, len(weight)),):
             for row in range(self.layouts.num_rows):
                 found = [use.gradient(row, part) for use in uses]
                 found = [gradient for gradient in found if gradient is not None]

@@ -9,11 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from biasunlearn_trainer.saliency import GradientMask, SaliencyBuilder, SaliencyMask
 from biasunlearn_trainer.saliency.building import weights_digest
 from biasunlearn_trainer.saliency.gradients import RestoreProtected
+from biasunlearn_trainer.saliency.mixed_rows import MixedRows
+from biasunlearn_trainer.saliency.rows import InseparableRows
 from biasunlearn_trainer.sharding import is_sharded
 from biasunlearn_trainer.trainers.config import BUILT_MASKS, UnlearnConfig
 
@@ -49,6 +51,7 @@ class SaliencyMasking:
         mask = mask if mask is not None else self.args.saliency_mask
         self._given_mask, self._preserve = mask, preserve
         self._gradient_mask: GradientMask | None = None
+        self._inseparable: str | None = None
         if preserve is not None and mask not in BUILT_MASKS:
             raise ValueError(
                 "A preserve_dataset is what a mask is built with, and none is: set `saliency_mask` to 'fisher' or "
@@ -113,11 +116,35 @@ class SaliencyMasking:
             "no such set. Give a preserve_dataset."
         )
 
-    def masked(self, stream: str) -> AbstractContextManager:
-        """Inside, what the model computes gets gradients as the mask has it for a stream."""
-        return self._gradient_mask.covering() if self.is_masked(stream) else nullcontext()
+    def masking(self, batch: Mapping[str, Tensor], num_masked: int) -> AbstractContextManager:
+        """Inside, what the model computes for the first rows of a batch gets its gradients through the mask.
+
+        Raises:
+            InseparableRows: where these are some of the rows and the model does not let them be told apart.
+        """
+        if num_masked == 0:
+            return nullcontext()
+        if num_masked == len(batch["input_ids"]):
+            return self._gradient_mask.covering()
+        if self._inseparable is not None:
+            raise InseparableRows(self._inseparable)
+        return MixedRows(self.model, self._gradient_mask.salient, batch, num_masked).running()
 
     def is_masked(self, stream: str) -> bool:
         """Whether a mask lies over what a stream alone sends back."""
         has_mask = self._gradient_mask is not None and self.args.mask_scope == "forget"
         return has_mask and stream in self.masked_streams
+
+    @property
+    def mixes_masked(self) -> bool:
+        """Whether masked streams may go through the model together with others, as far as is known.
+
+        Layers that are run again for the backward pass do not know then which rows are masked.
+        """
+        return self._inseparable is None and not getattr(self.model, "is_activation_checkpointing", False)
+
+    def mask_apart(self, reason: str) -> None:
+        """From the next step on no masked stream goes through the model together with others."""
+        if self._inseparable is None:
+            self._inseparable = reason
+            logger.info("Masked rows go through the model in passes of their own: %s.", reason)

@@ -20,6 +20,7 @@ from biasunlearn_trainer.completions import CompletionOutput, forward_completion
 from biasunlearn_trainer.image_features import ImageFeatures
 from biasunlearn_trainer.reference import AdapterReference, ModelReference, PrecomputedReference
 from biasunlearn_trainer.reference_states import StatesOutput, StatesReference
+from biasunlearn_trainer.saliency.rows import InseparableRows
 from biasunlearn_trainer.sharding import is_sharded
 
 # Positions, padding included, that a joint pass may have for each of separate ones. On a CPU it takes 0.92 of their
@@ -96,7 +97,7 @@ class StreamPasses:
     def _count(self, batches: Sequence[Batch], device: torch.device | None = None) -> BatchCounts:
         batches = [self.arrange(batch) for batch in batches]
         streams = [*batches[0]]
-        # (micro-batches, streams, 6), of all processes: each then comes to the same conclusion.
+        # (micro-batches, streams, 7), of all processes: each then comes to the same conclusion.
         table = torch.stack([torch.stack([self._measures(batch[name]) for name in streams]) for batch in batches])
         if self.args.world_size > 1:
             table = self.accelerator.gather(table.to(self.args.device))
@@ -104,10 +105,10 @@ class StreamPasses:
         return BatchCounts(dict(zip(streams, sums, strict=True)), self._grouped(streams, table[:, :, 3:]))
 
     def _measures(self, part: Mapping[str, Tensor]) -> Tensor:
-        """(6,) of a stream's batch: sequences, completion tokens, text tokens; rows, width, and what it looks like."""
+        """(7,) of a stream's batch: sequences, completion tokens, text tokens; rows, width, form, pictures or not."""
         mask = part["completion_mask"]
         text = text_positions(part, self.collator.image_token_id)[:, 1:]
-        known = mask.new_tensor([len(mask), *mask.shape, form_of(part)], dtype=torch.long)
+        known = mask.new_tensor([len(mask), *mask.shape, form_of(part), "pixel_values" in part], dtype=torch.long)
         return torch.cat([known[:1], torch.stack([mask.sum(), text.sum()]), known[1:]])
 
     def _grouped(self, streams: list[str], shapes: Tensor) -> list[tuple[str, ...]]:
@@ -115,11 +116,12 @@ class StreamPasses:
 
         Args:
             streams: those of the batch.
-            shapes: (micro-batches, streams, 3) rows, width and form.
+            shapes: (micro-batches, streams, 4) rows, width, form and whether there are pictures.
         """
-        shapes = shapes.tolist()
+        mixes = self.mixes_masked and not shapes[:, :, 3].any()
+        shapes = shapes[:, :, :3].tolist()
         parts = {name: [batch[i] for batch in shapes] for i, name in enumerate(streams)}
-        joinable = [name for name in self.streams(self.args) if name in parts and not self.is_masked(name)]
+        joinable = [name for name in self.streams(self.args) if name in parts and (mixes or not self.is_masked(name))]
         groups: list[tuple[str, ...]] = []
         for name in sorted(joinable, key=lambda name: -_cost([parts[name]])):
             if groups and self.args.joint_forward:
@@ -176,8 +178,18 @@ class StreamPasses:
         return self._outputs.pop((stream, positions))
 
     def _run(self, model: nn.Module, inputs: Batch, group: Mapping[str, str]) -> None:
-        with self.masked(next(iter(group))):
-            found = self._joined_run(lambda batch: self._policy_pass(model, batch), inputs)
+        inputs = {name: inputs[name] for name in sorted(inputs, key=self.is_masked, reverse=True)}
+        num_masked = sum(len(batch["input_ids"]) for name, batch in inputs.items() if self.is_masked(name))
+        try:
+            found = self._joined_run(lambda batch: self._policy_pass(model, batch, num_masked), inputs)
+        except InseparableRows as reason:
+            # That is how the model is made, so all processes come to it in the same pass.
+            self.mask_apart(str(reason))
+            found = None
+        if found is None:
+            for name, positions in group.items():
+                self._run(model, {name: inputs[name]}, {name: positions})
+            return
         compared: dict[str, CompletionOutput] = {}
         streams = [name for name, where in group.items() if self._takes_reference_pass(name, where)]
         for reference in {id(self.reference[name]): self.reference[name] for name in streams}.values():
@@ -185,8 +197,9 @@ class StreamPasses:
             compared |= self._joined_run(lambda batch, of=reference: self._reference_pass(of, model, batch), mine)
         self._outputs |= {(name, where): (found[name], compared.get(name)) for name, where in group.items()}
 
-    def _policy_pass(self, model: nn.Module, batch: Mapping[str, Tensor]) -> CompletionOutput:
-        return forward_completions(model, self.with_features(model, batch), self.args.fused_losses)
+    def _policy_pass(self, model: nn.Module, batch: Mapping[str, Tensor], num_masked: int) -> CompletionOutput:
+        with self.masking(batch, num_masked):
+            return forward_completions(model, self.with_features(model, batch), self.args.fused_losses)
 
     def _reference_pass(
         self, reference: AdapterReference | ModelReference, model: nn.Module, batch: Mapping[str, Tensor]

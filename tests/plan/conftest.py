@@ -118,7 +118,7 @@ def planned_and_measured():
             held += [*part.model.parameters(), *part.model.buffers()] if hasattr(part, "model") else []
         mask = trainer._gradient_mask
         if mask is not None:
-            held += [*mask._salient.values(), *getattr(mask, "_kept", {}).values()]
+            held += [*mask.salient.values(), *getattr(mask, "_kept", {}).values()]
         with warnings.catch_warnings(), TensorBytes(*held) as meter:
             trainer.train()
         return made, meter.peak

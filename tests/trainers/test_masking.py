@@ -1,6 +1,7 @@
 """The gradient that reaches the optimizer is -m * dL_f + dL_r, however the step is cut, wrapped or recomputed."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -82,6 +83,32 @@ def test_the_gradient_is_masked_ascent_plus_plain_descent(cut, checkpointing, mo
         per_device_train_batch_size=cut[0], gradient_accumulation_steps=cut[1], activation_checkpointing=checkpointing,
     )  # fmt: skip
     check_step(trainer, mask, range(4))
+
+
+class Flat(torch.nn.Module):
+    """Lays all rows out as one, so that nobody can say which of them a layer inside is called on."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(hidden.flatten(0, 1)[None])[0].view(*hidden.shape[:2], -1)
+
+
+def test_rows_that_cannot_be_told_apart_go_apart(make_trainer, tiny_llama, caplog):
+    caplog.set_level(logging.INFO)
+    model = load_model(str(tiny_llama))
+    model.model.layers[1].mlp.up_proj = Flat(model.model.layers[1].mlp.up_proj)
+    mask = half_of(model)
+    trainer = make_trainer(
+        "mmunlearner", model=model, saliency_mask=save(mask, model, make_trainer.folder), **STEP,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    check_step(trainer, mask, range(4))
+    (said,) = [record.getMessage() for record in caplog.records if "passes of their own" in record.getMessage()]
+    assert said.endswith("no layout of 4 rows, or more than one, has 1 entries.")
+    assert not trainer.mixes_masked
 
 
 @pytest.fixture
