@@ -52,7 +52,7 @@ class MixedRows:
             for module in self.model.modules():
                 own = {key: value for key, value in module._parameters.items() if names.get(value) in self.salient}
                 if own:
-                    elsewhere = {key: value.detach().as_subclass(_Elsewhere) for key, value in own.items()}
+                    elsewhere = {key: _Elsewhere(value) for key, value in own.items()}
                     undo.enter_context(_weights_in_place(module, elsewhere))
                     if not any(True for _ in module.children()):
                         masks = {key: self.salient[names[value]] for key, value in own.items()}
@@ -109,13 +109,13 @@ class MixedRows:
 class _Elsewhere(Tensor):
     """What stands for a weight outside of its module, where rows cannot be told apart: shape and type, no values."""
 
+    @staticmethod
+    def __new__(cls, weight: Tensor) -> _Elsewhere:
+        return Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype, device=weight.device)
+
     @classmethod
-    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            found = function(*args, **(kwargs or {}))
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
-            raise InseparableRows("the model has weights beside modules, or uses a module's without calling it")
-        return found
+    def __torch_dispatch__(cls, *args: Any, **kwargs: Any) -> None:
+        raise InseparableRows("the model has weights beside modules, or uses a module's without calling it")
 
 
 @dataclass

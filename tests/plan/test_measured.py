@@ -37,6 +37,7 @@ SMALL = [
     ("ga_diff full", "image", True),
     ("kl_min full second model", "text", True),
     ("mmunlearner masked", "image", False),
+    ("mmunlearner masked", "text", False),
 ]
 
 
