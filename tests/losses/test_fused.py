@@ -11,8 +11,9 @@ N, V = 37, 300
 
 @pytest.fixture(params=[1, 7 * V + 5, 1 << 22])
 def chunk(request, monkeypatch):
-    """Chunks of one position, of seven (which 37 is no multiple of), and of all."""
+    """Chunks of one position, of seven (which 37 is no multiple of), and of all; references of 16 at a time."""
     monkeypatch.setitem(fused.CHUNK, "cpu", request.param)
+    monkeypatch.setattr(fused, "REFERENCE_POSITIONS", 16)
 
 
 def drawn(seed, dtype=torch.float32, scale=4.0):
