@@ -114,6 +114,23 @@ def processor_fingerprint(processing_class: ProcessorMixin | PreTrainedTokenizer
     return hashlib.blake2b(json.dumps(parts, default=str).encode(), digest_size=DIGEST_BYTES).hexdigest()
 
 
+def model_parts(
+    model: nn.Module, processing_class: ProcessorMixin | PreTrainedTokenizerBase, weights: str | None = None
+) -> dict[str, str]:
+    """What a model's results depend on beside the rows, by the name that a message has for it.
+
+    Args:
+        model: inside PEFT or not.
+        processing_class: its tokenizer or processor.
+        weights: digest of the model's weights, where it is known.
+    """
+    return {
+        "model weights": weights or model_hash(model),
+        "model settings": config_fingerprint(model),
+        "tokenizer or processor": processor_fingerprint(processing_class),
+    }
+
+
 def _with_files(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a set, with its pictures as {bytes, path}, also where the set names files alone."""
     images = [{"bytes": None, "path": image} if isinstance(image, str) else image for image in row.get("images") or ()]

@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.completions import completion_tokens, forward_completions, text_positions
-from biasunlearn_trainer.fingerprints import (
-    config_fingerprint,
-    model_hash,
-    processor_fingerprint,
-    rows_fingerprint,
-)
+from biasunlearn_trainer.fingerprints import model_parts, rows_fingerprint
 from biasunlearn_trainer.kept_files import KeptFile, everywhere, replacing
 from biasunlearn_trainer.models import evaluating
 from biasunlearn_trainer.reference_states import (
@@ -68,9 +63,7 @@ class ReferenceBuilder:
         self.model, self.collator, self.accelerator, self.batch_size = model, collator, accelerator, batch_size
         self.cache_dir = Path(cache_dir) if cache_dir else cache_home() / "references"
         self._parts = {
-            "model weights": weights or model_hash(model),
-            "model settings": config_fingerprint(model),
-            "tokenizer or processor": processor_fingerprint(collator.processing_class),
+            **model_parts(model, collator.processing_class, weights),
             "max_length": str(collator.max_length),
             "append_eos": str(collator.append_eos),
         }

@@ -21,13 +21,7 @@ from datasets import Dataset
 from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.eval.scoring import Scorer
 from biasunlearn_trainer.eval.tasks.behaviour import private_of
-from biasunlearn_trainer.fingerprints import (
-    DIGEST_BYTES,
-    config_fingerprint,
-    model_hash,
-    processor_fingerprint,
-    rows_fingerprint,
-)
+from biasunlearn_trainer.fingerprints import DIGEST_BYTES, model_parts, rows_fingerprint
 from biasunlearn_trainer.guidance.settings import REASONS, GuidanceSettings, fault_of, guided_prompt, whole_sentences
 from biasunlearn_trainer.kept_items import KeptItems
 
@@ -66,11 +60,7 @@ class GuidanceBuilder:
     def __init__(self, scorer: Scorer, settings: GuidanceSettings | None = None, cache_dir: str | Path | None = None):
         self.scorer, self.settings = scorer, settings or GuidanceSettings()
         self.cache_dir = Path(cache_dir) if cache_dir else cache_home() / "guidance"
-        self._parts = {
-            "model weights": model_hash(scorer.model),
-            "model settings": config_fingerprint(scorer.model),
-            "tokenizer or processor": processor_fingerprint(scorer.processing_class),
-        }
+        self._parts = model_parts(scorer.model, scorer.processing_class)
 
     def build(self, rows: Dataset) -> list[Guidance]:
         """One reference answer a row, from the cache where it is there; every process has to call it.

@@ -23,12 +23,7 @@ import biasunlearn_trainer
 from biasunlearn_trainer import eval as evaluation
 from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.eval.scoring import Scorer
-from biasunlearn_trainer.fingerprints import (
-    config_fingerprint,
-    content_fingerprint,
-    model_hash,
-    processor_fingerprint,
-)
+from biasunlearn_trainer.fingerprints import content_fingerprint, model_parts
 from biasunlearn_trainer.kept_items import KeptItems
 
 logger = logging.getLogger(__name__)
@@ -70,7 +65,7 @@ class RecordCache:
         Returns:
             Records by task; of a task whose rows do not tell what it asks (`lm_eval`) they are always made anew.
         """
-        parts = self._parts(scorer, answers, weights or model_hash(scorer.model))
+        parts = self._parts(scorer, answers, weights)
         return {task.name: self._records(task, scorer, answers, parts) for task in tasks}
 
     def _records(self, task: Any, scorer: Scorer, answers: bool, parts: Mapping[str, str]) -> list[dict]:
@@ -95,11 +90,9 @@ class RecordCache:
         return [KeptItems(folder, KIND, asked) for folder in self.folders]
 
     @staticmethod
-    def _parts(scorer: Scorer, answers: bool, weights: str) -> dict[str, str]:
+    def _parts(scorer: Scorer, answers: bool, weights: str | None) -> dict[str, str]:
         return {
-            "model weights": weights,
-            "model settings": config_fingerprint(scorer.model),
-            "tokenizer or processor": processor_fingerprint(scorer.processing_class),
+            **model_parts(scorer.model, scorer.processing_class, weights),
             "batch_size": str(scorer.batch_size),
             "append_eos": str(scorer.append_eos),
             "share_prefixes": str(scorer.share_prefixes),

@@ -22,8 +22,8 @@ from biasunlearn_trainer.cache import cache_home
 from biasunlearn_trainer.collators import CompletionCollator
 from biasunlearn_trainer.fingerprints import (
     DIGEST_BYTES,
-    config_fingerprint,
     model_hash,
+    model_parts,
     processor_fingerprint,
     rows_fingerprint,
 )
@@ -159,10 +159,8 @@ class SaliencyBuilder:
         sets = {name: f"{provenance[name]['rows']} with digest {provenance[name]['fingerprint']}" for name in SETS}
         trained = json.dumps(sorted(provenance["dtypes"].items())).encode()
         return {
-            "model weights": provenance["model"],
-            "model settings": config_fingerprint(self.model),
+            **model_parts(self.model, self.collator.processing_class, provenance["model"]),
             "trained weights": hashlib.blake2b(trained, digest_size=DIGEST_BYTES).hexdigest(),
-            "tokenizer or processor": processor_fingerprint(self.collator.processing_class),
             "max_length": str(self.collator.max_length),
             "append_eos": str(self.collator.append_eos),
             "target rows": sets["target"],

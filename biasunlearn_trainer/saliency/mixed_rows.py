@@ -75,7 +75,8 @@ class MixedRows:
             else:
                 del module.forward
 
-    def _product(self, module: nn.Module, plain: Callable, own: dict, masks: dict, inputs: Tensor) -> Tensor:
+    def _product(self, module: nn.Module, plain: Callable, own: dict, masks: dict, *args: Any, **kwargs: Any) -> Tensor:
+        (inputs,) = (*args, *kwargs.values())
         if isinstance(module, nn.Embedding) and inputs.shape == (1, self.length):
             inputs = inputs.expand(self.num_rows, -1)  # positions are looked up once for all rows
         call = _Call(module, plain, masks, self._num_first(module, inputs))
@@ -101,7 +102,8 @@ class MixedRows:
 
     def _num_first(self, module: nn.Module, activation: Tensor) -> int:
         """How many entries along the first dimension are those of masked rows."""
-        if len(activation) == self.num_rows and activation.shape[1] != self.length:
+        of_tokens = module in self.heads and activation.dim() == 2  # as many as rows, if each completion is one token
+        if len(activation) == self.num_rows and activation.shape[1] != self.length and not of_tokens:
             raise InseparableRows(f"{type(module).__name__} is called on entries that may not be rows")
         return sum(self.layouts.of(len(activation), module in self.heads)[: self.num_masked])
 

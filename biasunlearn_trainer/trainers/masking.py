@@ -139,9 +139,11 @@ class SaliencyMasking:
     def mixes_masked(self) -> bool:
         """Whether masked streams may go through the model together with others, as far as is known.
 
-        Layers that are run again for the backward pass do not know then which rows are masked.
+        Layers that are run again for the backward pass do not know then which rows are masked, and to compiled ones
+        the modules of such a pass are new ones in every step.
         """
-        return self._inseparable is None and not getattr(self.model, "is_activation_checkpointing", False)
+        runs_again = getattr(self.model, "is_activation_checkpointing", False)
+        return self._inseparable is None and not runs_again and not self.args.torch_compile
 
     def mask_apart(self, reason: str) -> None:
         """From the next step on no masked stream goes through the model together with others."""

@@ -106,6 +106,31 @@ def test_gpt2(batch):
     assert "transformer.wpe.weight" in assert_same(perturbed(GPT2LMHeadModel(config)), batch)
 
 
+def test_completions_of_one_token(tiny_llama, text_rows):
+    """Then the head is called on as many entries as there are rows."""
+    rows = [{**row, "completion": "."} for row in text_rows(5)]
+    batch = CompletionCollator(load_processor(str(tiny_llama)), append_eos=False)(rows)
+    assert batch["completion_mask"].sum(1).tolist() == [1] * 5
+    assert_same(made("llama"), batch)
+
+
+class ByKeyword(nn.Module):
+    """Calls a layer with the name of its argument."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(input=hidden)
+
+
+def test_a_layer_that_is_called_by_keyword(batch):
+    model = made("llama")
+    model.model.layers[1].mlp.up_proj = ByKeyword(model.model.layers[1].mlp.up_proj)
+    assert_same(model, batch)
+
+
 def test_a_tied_head_and_a_layer_that_is_run_twice(batch):
     model = made("llama", tie_word_embeddings=True)
     model.model.layers[1] = model.model.layers[0]
