@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.pytorch_utils import Conv1D
 
 from biasunlearn_trainer.saliency.gradients import SalientGradient
-from biasunlearn_trainer.saliency.per_sample import pieces
+from biasunlearn_trainer.saliency.per_sample import pieces, weights_in_place
 from biasunlearn_trainer.saliency.rows import InseparableRows, Layouts, head_modules
 
 
@@ -53,7 +53,7 @@ class MixedRows:
                 own = {key: value for key, value in module._parameters.items() if names.get(value) in self.salient}
                 if own:
                     elsewhere = {key: _Elsewhere(value) for key, value in own.items()}
-                    undo.enter_context(_weights_in_place(module, elsewhere))
+                    undo.enter_context(weights_in_place(module, elsewhere))
                     if not any(True for _ in module.children()):
                         masks = {key: self.salient[names[value]] for key, value in own.items()}
                         undo.enter_context(self._forward_in_place(module, own, masks))
@@ -80,7 +80,7 @@ class MixedRows:
         if isinstance(module, nn.Embedding) and inputs.shape == (1, self.length):
             inputs = inputs.expand(self.num_rows, -1)  # positions are looked up once for all rows
         call = _Call(module, plain, masks, self._num_first(module, inputs))
-        with _weights_in_place(module, own):
+        with weights_in_place(module, own):
             return _Product.apply(call, inputs, module.weight, *own.values())
 
     def _each_part(
@@ -94,7 +94,7 @@ class MixedRows:
         outputs = []
         for weights, part in ((masked, slice(*first)), (own, slice(*first, None))):
             part_args, part_kwargs = tree_map_only(Tensor, lambda tensor, part=part: tensor[part], (args, kwargs))
-            with _weights_in_place(module, weights):
+            with weights_in_place(module, weights):
                 outputs.append(plain(*part_args, **part_kwargs))
         if not all(isinstance(output, Tensor) for output in outputs):
             raise InseparableRows(f"{type(module).__name__} returns more than a tensor")
@@ -192,14 +192,3 @@ class _Product(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         of_inputs = ctx.call.input_gradient(weight, gradient) if ctx.needs_input_grad[1] else None
         return None, of_inputs, None, *ctx.call.weight_gradients(inputs, gradient)
-
-
-@contextmanager
-def _weights_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Tensors in place of a module's weights."""
-    before = {key: module._parameters[key] for key in tensors}
-    module._parameters.update(tensors)
-    try:
-        yield
-    finally:
-        module._parameters.update(before)

@@ -89,20 +89,20 @@ class _Use:
     def _of_second_run(self, row: int) -> Tensor:
         weight = self.module._parameters[self.key].detach().requires_grad_()
         args, kwargs = self.inputs[row]
-        with torch.enable_grad(), _in_place_of(self.module, self.key, weight):
+        with torch.enable_grad(), weights_in_place(self.module, {self.key: weight}):
             output = self.module.forward(*args, **kwargs)  # past the hooks
         return torch.autograd.grad(output, weight, self.gradients[row])[0]
 
 
 @contextmanager
-def _in_place_of(module: nn.Module, key: str, tensor: Tensor) -> Iterator[None]:
-    """A module's weight replaced by another tensor."""
-    weight = module._parameters[key]
-    module._parameters[key] = tensor
+def weights_in_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Tensors in place of a module's weights, by their names in it."""
+    before = {key: module._parameters[key] for key in tensors}
+    module._parameters.update(tensors)
     try:
         yield
     finally:
-        module._parameters[key] = weight
+        module._parameters.update(before)
 
 
 class _Seen(torch.autograd.Function):
@@ -168,7 +168,7 @@ class _Watch:
                 if any(True for _ in module.children()):
                     for key, weight in self._own(module):
                         copies = self._copy_for_each_row(weight)
-                        undo.enter_context(_in_place_of(module, key, copies))
+                        undo.enter_context(weights_in_place(module, {key: copies}))
                 else:
                     undo.callback(module.register_forward_hook(self._after_forward, with_kwargs=True).remove)
             for weight in self.names:
