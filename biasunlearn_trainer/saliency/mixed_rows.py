@@ -103,7 +103,8 @@ class MixedRows:
     def _num_first(self, module: nn.Module, activation: Tensor) -> int:
         """How many entries along the first dimension are those of masked rows."""
         of_tokens = module in self.heads and activation.dim() == 2  # as many as rows, if each completion is one token
-        if len(activation) == self.num_rows and activation.shape[1] != self.length and not of_tokens:
+        leading = activation.shape[:2]
+        if not leading or (leading[0] == self.num_rows and leading != (self.num_rows, self.length) and not of_tokens):
             raise InseparableRows(f"{type(module).__name__} is called on entries that may not be rows")
         return sum(self.layouts.of(len(activation), module in self.heads)[: self.num_masked])
 

@@ -258,7 +258,40 @@ class InAFunction(MixesRows):
         return self.Product.apply(hidden, self.inner.weight)
 
 
-@pytest.mark.parametrize("wrap", [MixesRows, PositionsFirst, OfItsOwn, PastTheModule, InAFunction])
+class ScaledBy(nn.Module):
+    """Has a weight, and is called with a number, or a number a row, beside the rows."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden, scale):
+        return self.weight * hidden * scale.view(-1, 1, 1)
+
+
+class WithANumber(MixesRows):
+    """Scales what a layer gave by a number."""
+
+    number_of = staticmethod(lambda hidden: torch.tensor(2.0))
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.scaled = ScaledBy(inner.out_features)
+
+    def forward(self, hidden):
+        return self.scaled(self.inner(hidden), self.number_of(hidden))
+
+
+class WithANumberARow(WithANumber):
+    """Scales each row by a number of its own."""
+
+    number_of = staticmethod(lambda hidden: torch.ones(len(hidden)))
+
+
+APART = [MixesRows, PositionsFirst, OfItsOwn, PastTheModule, InAFunction, WithANumber, WithANumberARow]
+
+
+@pytest.mark.parametrize("wrap", APART)
 def test_rows_that_cannot_be_told_apart(wrap, batch):
     model = made("llama")
     model.model.layers[1].mlp.up_proj = wrap(model.model.layers[1].mlp.up_proj)
